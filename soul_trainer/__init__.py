@@ -1,0 +1,16 @@
+"""Machine unlearning with second-order optimization, as a Hugging Face Trainer plugin."""
+
+from .registration import register
+
+
+# First: the configurations below name the optimizer by the string that this makes valid.
+register()
+
+from .callbacks import HessianCallback  # noqa: E402
+from .config import SophiaArguments, UnlearnConfig  # noqa: E402
+from .curvature import estimate_hessian  # noqa: E402
+from .sophia import Sophia  # noqa: E402
+from .trainer import UnlearnTrainer  # noqa: E402
+
+
+__all__ = ["HessianCallback", "Sophia", "SophiaArguments", "UnlearnConfig", "UnlearnTrainer", "estimate_hessian"]

@@ -1,0 +1,44 @@
+"""The contract of a training batch: what the collator makes and what every objective may rely on."""
+
+from typing import TypedDict
+
+import torch
+
+
+# The label of a position that takes no part in a loss. PyTorch's cross-entropy and transformers use the same number.
+IGNORE_INDEX = -100
+
+
+class ForgetRetainBatch(TypedDict, total=False):
+    """
+    Forget and retain rows in one batch, so that a step is one forward. `N` rows (forget rows first), `T` tokens.
+
+    Keys:
+        input_ids (`torch.LongTensor` of shape `(N, T)`):
+            Token ids, padded on the right.
+        attention_mask (`torch.LongTensor` of shape `(N, T)`):
+            1 on a row's own tokens, 0 on padding. It comes from lengths, so `pad_token_id` may equal `eos_token_id`.
+        labels (`torch.LongTensor` of shape `(N, T)`):
+            `input_ids` at answer tokens, `IGNORE_INDEX` at the prompt and at padding. Not shifted.
+        is_forget (`torch.BoolTensor` of shape `(N,)`):
+            Which rows must be forgotten.
+        row (`torch.LongTensor` of shape `(N,)`):
+            The row's index in the dataset that it came from, to name it in errors and to look its reference up.
+        reference_log_prob (`torch.FloatTensor` of shape `(N,)`, *optional*):
+            Log-probability of the row's whole answer before unlearning; only for objectives that ask for it.
+
+    Example (pad is 0, `_` stands for `IGNORE_INDEX`; one forget row of 4 tokens and one retain row of 3):
+
+        input_ids       [[5, 8, 9, 2], [5, 7, 2, 0]]
+        attention_mask  [[1, 1, 1, 1], [1, 1, 1, 0]]
+        labels          [[_, _, 9, 2], [_, 7, 2, _]]
+        is_forget       [True, False]
+        row             [13, 402]
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    is_forget: torch.Tensor
+    row: torch.Tensor
+    reference_log_prob: torch.Tensor

@@ -1,0 +1,221 @@
+"""When things happen: the refresh of the Hessian, the stop at an interrupt. What happens is in `curvature.py`."""
+
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .batch import IGNORE_INDEX
+from .collator import UnlearnCollator
+from .config import SophiaArguments, parse_optim_args
+from .curvature import estimate_hessian, update_shares
+from .engines import Engine, find_sophia
+from .pairing import PairedDataset
+
+
+logger = logging.get_logger(__name__)
+
+
+class HessianCallback(TrainerCallback):
+    """
+    Refreshes Sophia's Hessian before the first step and then every `hessian_interval` steps, and logs what the
+    curvature does:
+
+    - `curvature/clipped`: share of coordinates at the clip, in [0, 1]; 1 is sign descent, 0 is a Newton-like step.
+    - `curvature/hessian_mean`: mean of the Hessian's diagonal.
+    - `curvature/refresh_seconds`: duration of the last refresh.
+    - `curvature/update_share/{embeddings,head,attention,mlp,other}`: where the squared update goes; they sum to 1.
+
+    [`UnlearnTrainer`] adds it by itself. With a plain Trainer, `trainer.add_callback(HessianCallback(trainer, rows))`
+    replaces Sophia's refresh from training gradients. Settings come from the Trainer's arguments.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer that it is added to.
+        retain ([`~datasets.Dataset`]): Tokenized rows, from [`~formats.prepare`].
+        forget ([`~datasets.Dataset`], *optional*): Tokenized rows; needed for `hessian_data="forget"` or `"both"`.
+    """
+
+    def __init__(self, trainer: Trainer, retain: Dataset, forget: Dataset | None = None):
+        args = trainer.args
+        is_configured = isinstance(args, SophiaArguments)
+        self.settings = args if is_configured else SophiaArguments(**parse_optim_args(args.optim_args))
+        self.settings.check()
+        if self.settings.hessian_data == "training":
+            raise ValueError("`hessian_data='training'` is Sophia's own refresh and needs no HessianCallback.")
+        sources = {"retain": {"retain": retain}, "forget": {"forget": forget}}
+        sources["both"] = sources["retain"] | sources["forget"]
+        self.sources = sources[self.settings.hessian_data]
+        if None in self.sources.values():
+            raise ValueError(f"`hessian_data={self.settings.hessian_data!r}` needs the argument `forget`.")
+        self.trainer = trainer
+        tokenizer = trainer.processing_class
+        self.collate = UnlearnCollator(
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        self.refresh_seconds = 0.0
+        self.has_warned = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Takes the refresh over from the optimizer."""
+        sophia = find_sophia(self.trainer.optimizer)
+        if sophia is None:
+            raise ValueError(f"HessianCallback needs `optim='soul'`, but the optimizer is {args.optim}.")
+        for group in sophia.param_groups:
+            group["hessian_interval"] = None
+        logger.info(
+            f"Sophia's Hessian: {self.settings.hessian_estimator} on {self.settings.hessian_data} rows, "
+            + (f"every {self.settings.hessian_interval} steps." if self.settings.hessian_interval else "once.")
+        )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Refreshes if this step is due."""
+        interval = self.settings.hessian_interval
+        if state.global_step % interval if interval else state.global_step:
+            return
+        start = time.perf_counter()
+        with _forked_rng():
+            if interval:
+                self._estimate(draw=state.global_step, rows=self._sample(state.global_step), decay=None)
+            else:
+                self._estimate_once()
+        self.refresh_seconds = time.perf_counter() - start
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Logs the curvature whenever the Trainer logs."""
+        if control.should_log:
+            self.trainer.log(self.curvature())
+
+    def curvature(self) -> dict[str, float]:
+        """The figures of the last step that the class lists."""
+        sophia = find_sophia(self.trainer.optimizer)
+        groups = {param: group for group in sophia.param_groups for param in group["params"]}
+        named = [
+            (name, p) for name, p in self.trainer.model.named_parameters() if "exp_avg" in sophia.state.get(p, {})
+        ]
+        clipped, hessian_sum, count, squares = 0.0, 0.0, 0, {}
+        for _, param in named:
+            direction = sophia.direction(param, groups[param])
+            clipped += float((direction.abs() >= 1).sum())
+            hessian_sum += float(sophia.state[param]["hessian"].sum(dtype=torch.float64))
+            count += direction.numel()
+            squares[param] = groups[param]["lr"] ** 2 * float(direction.square().sum())
+        shares = update_shares(named, squares.__getitem__)
+        if shares.pop("largest_tensor") > 0.95 and not self.has_warned:
+            name = max(named, key=lambda item: squares[item[1]])[0]
+            logger.warning(
+                f"Over 95% of the squared update goes to one tensor, {name}: unlearning edits it, not the model. "
+                "Often rho does not fit the Hessian's scale, or tokens of the forget rows never occur elsewhere."
+            )
+            self.has_warned = True
+        return {
+            "curvature/clipped": clipped / max(count, 1),
+            "curvature/hessian_mean": hessian_sum / max(count, 1),
+            "curvature/refresh_seconds": self.refresh_seconds,
+            **{f"curvature/update_share/{part}": share for part, share in shares.items()},
+        }
+
+    def _all_rows(self) -> list[tuple[str, int]]:
+        return [(half, row) for half, dataset in self.sources.items() for row in range(len(dataset))]
+
+    def _sample(self, draw: int, num_rows: int | None = None) -> list[tuple[str, int]]:
+        rows = self._all_rows()
+        size = min(num_rows or self.settings.hessian_batch_size, len(rows))
+        chosen = np.random.default_rng((self.trainer.args.seed, draw)).choice(len(rows), size, replace=False)
+        return [rows[index] for index in chosen]
+
+    def _estimate_once(self) -> None:
+        """The plain mean of estimates over one pass."""
+        size = self.settings.hessian_batch_size
+        rows = self._sample(draw=0, num_rows=self.settings.hessian_rows or len(self._all_rows()))
+        for draw, start in enumerate(range(0, len(rows), size)):
+            self._estimate(draw, rows[start : start + size], decay=draw / (draw + 1))
+
+    def _estimate(self, draw: int, rows: list[tuple[str, int]], decay: float | None) -> None:
+        trainer, engine = self.trainer, Engine(self.trainer.accelerator)
+        model = trainer.model_wrapped.train()
+        estimate_hessian(
+            model,
+            trainer.optimizer,
+            self._batches(rows, engine),
+            self.settings.hessian_estimator,
+            self.settings.hessian_label_smoothing,
+            seed=trainer.args.seed,
+            draw=draw,
+            decay=decay,
+            engine=engine,
+        )
+
+    def _batches(self, rows: list[tuple[str, int]], engine: Engine) -> list[dict[str, torch.Tensor]]:
+        """This process's micro-batches; every process gets as many, filled up with rows that have no label."""
+        items = [{half: self.sources[half][row]} for half, row in engine.share(rows)]
+        num_items = -(-len(rows) // engine.num_processes)
+        half, row = rows[0]
+        blank = self.sources[half][row]
+        items += [{half: {**blank, "labels": [IGNORE_INDEX] * len(blank["labels"])}}] * (num_items - len(items))
+        size = self.trainer.args.per_device_train_batch_size * 2  # a training batch holds as many rows of each half
+        batches = [self.collate(items[start : start + size]) for start in range(0, num_items, size)]
+        return [{key: tensor.to(self.trainer.args.device) for key, tensor in batch.items()} for batch in batches]
+
+
+class PairingCallback(TrainerCallback):
+    """
+    Tells the training rows which epoch it is. Accelerate's loader does so too, but not on several processes, where it
+    tells its sampler instead.
+
+    Args:
+        dataset ([`~pairing.PairedDataset`]): The training rows.
+    """
+
+    def __init__(self, dataset: PairedDataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Chooses the pairing of the epoch that begins or, after a resume, goes on."""
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class InterruptCallback(TrainerCallback):
+    """
+    Turns the first Ctrl-C during training into a checkpoint after the current step and a clean stop. A second one
+    stops at once.
+    """
+
+    def __init__(self):
+        self.is_interrupted = False
+        self._previous = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Takes the signal, which only the main thread can."""
+        self.is_interrupted = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Asks the Trainer to save and stop."""
+        if self.is_interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Gives the signal back to whoever had it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _interrupt(self, signal_number: int, frame: object) -> None:
+        self.is_interrupted = True
+        self.restore()
+        logger.warning("Interrupted: a checkpoint follows after this step. Press Ctrl-C again to stop without one.")
+
+
+@contextmanager
+def _forked_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,200 @@
+"""
+Rows to tokens. Four kinds of row are understood, told apart by their columns:
+
+| kind | columns | prompt | answer (the part with a loss) |
+|---|---|---|---|
+| question/answer | `question`, `answer` | from the template | the answer |
+| prompt/completion | `prompt`, `completion` (strings or lists of messages) | the prompt | the completion |
+| messages | `messages` | all but the last, through the chat template | the last, which must be the assistant's |
+| text | `text` | nothing | the whole text |
+"""
+
+import os
+from typing import NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .batch import IGNORE_INDEX
+
+
+logger = logging.get_logger(__name__)
+
+# Used for question/answer rows where the tokenizer has no chat template of its own.
+DEFAULT_PROMPT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+_KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
+
+
+class Example(NamedTuple):
+    """
+    One row as text.
+
+    Attributes:
+        prompt (`str`): What the model is given; may be empty.
+        answer (`str`): What the model must say, with the white space that parts it from the prompt and, in a chat, the
+            end of the turn.
+        content (`str`): The bare answer, a part of `answer`.
+        is_chat (`bool`): Whether a chat template wrote it, special tokens included.
+    """
+
+    prompt: str
+    answer: str
+    content: str
+    is_chat: bool
+
+    def with_content(self, content: str) -> "Example":
+        """The same prompt with another answer in the place of its own."""
+        return self._replace(answer=self.answer.replace(self.content, content, 1), content=content)
+
+
+def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None = None) -> Example:
+    """
+    Turns a row into prompt and answer.
+
+    Args:
+        row (`dict`): A row of one of the four kinds.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its chat template is used where there is one.
+        prompt_template (`str`, *optional*):
+            Template of question/answer rows with the placeholders `{question}` and, at its end, `{answer}`. By default
+            the tokenizer's chat template, else `DEFAULT_PROMPT_TEMPLATE`.
+
+    Returns:
+        [`Example`]
+
+    Raises:
+        ValueError: If the row is of no known kind, its answer is empty, or the template lacks a placeholder.
+    """
+    if "messages" in row:
+        return _render_chat(row["messages"], tokenizer)
+    if "question" in row and "answer" in row:
+        _require_text(row, "answer")
+        if prompt_template is None and tokenizer.chat_template:
+            messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+            return _render_chat(messages, tokenizer)
+        return _render_template(row["question"], row["answer"], prompt_template or DEFAULT_PROMPT_TEMPLATE)
+    if "prompt" in row and "completion" in row:
+        if isinstance(row["prompt"], list):
+            return _render_chat(row["prompt"] + row["completion"], tokenizer)
+        _require_text(row, "completion")
+        return Example(row["prompt"], row["completion"], row["completion"].strip(), is_chat=False)
+    if "text" in row:
+        _require_text(row, "text")
+        return Example("", row["text"], row["text"].strip(), is_chat=False)
+    raise ValueError(f"A row needs the columns of one of the kinds {_KINDS}, but it has {sorted(row)}.")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None = None) -> dict:
+    """
+    Tokenizes an example, with labels on the answer (and on the end of sequence) alone.
+
+    Prompt and answer are tokenized together, as the model meets them. A token that spans both counts as answer.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Needs an `eos_token` unless the example is a chat.
+        example ([`Example`]): From [`render`].
+        max_length (`int`, *optional*): Tokens beyond are cut off at the end.
+
+    Returns:
+        `dict`: `input_ids` and `labels`, lists of the same length.
+
+    Raises:
+        ValueError: If no answer token is left after the cut.
+    """
+    special = not example.is_chat
+    ids = tokenizer(example.prompt + example.answer, add_special_tokens=special)["input_ids"]
+    prompt_ids = tokenizer(example.prompt, add_special_tokens=special)["input_ids"] if example.prompt else []
+    if special and ids[-1] != tokenizer.eos_token_id:
+        ids = ids + [tokenizer.eos_token_id]
+    num_prompt = len(os.path.commonprefix([prompt_ids, ids]))
+    ids = ids[:max_length]
+    # The first token has nothing before it to be predicted from.
+    if len(ids) <= max(num_prompt, 1):
+        raise ValueError(
+            f"no answer token is left within `max_length`={max_length}: the prompt takes {num_prompt} tokens. Raise "
+            f"`max_length` or shorten the prompt, which begins {example.prompt[:60]!r}."
+        )
+    return {"input_ids": ids, "labels": [IGNORE_INDEX] * num_prompt + ids[num_prompt:]}
+
+
+def prepare(
+    dataset: Dataset | list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    prompt_template: str | None = None,
+    name: str = "dataset",
+) -> Dataset:
+    """
+    Tokenizes a dataset once.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or `list[dict]`):
+            Rows of one of the four kinds, or rows that already have `input_ids` and `labels`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        max_length (`int`, *optional*): See [`encode`]. Shortened answers are counted in a warning.
+        prompt_template (`str`, *optional*): See [`render`].
+        name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
+
+    Returns:
+        [`~datasets.Dataset`]: Columns `input_ids`, `labels`, `row` and, unless it came tokenized, [`Example`]'s.
+
+    Raises:
+        ValueError: If it is empty, a column is missing, or a row has no answer; bad rows are named.
+    """
+    dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty: it needs at least one row.")
+    columns = set(dataset.column_names)
+    if {"input_ids", "labels"} <= columns:
+        if "row" in columns:
+            return dataset
+        kept = dataset.select_columns(["input_ids", "labels"])
+        return kept.map(lambda _, row: {"row": row}, with_indices=True, desc=f"Numbering {name}")
+    if not any(columns.issuperset(kind) for kind in _KINDS):
+        raise ValueError(f"`{name}` needs the columns of one of the kinds {_KINDS}, but it has {sorted(columns)}.")
+
+    def tokenize(row: dict, index: int) -> dict:
+        try:
+            example = render(row, tokenizer, prompt_template)
+            return {**example._asdict(), **encode(tokenizer, example, max_length), "row": index}
+        except ValueError as error:
+            raise ValueError(f"Row {index} of `{name}`: {error}") from error
+
+    tokenized = dataset.map(
+        tokenize, with_indices=True, remove_columns=dataset.column_names, desc=f"Tokenizing {name}"
+    )
+    num_cut = sum(len(ids) == max_length and ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"])
+    if num_cut:
+        logger.warning(f"{num_cut} answers of `{name}` are cut off at `max_length`={max_length}.")
+    return tokenized
+
+
+def _require_text(row: dict, column: str) -> None:
+    if not isinstance(row[column], str) or not row[column].strip():
+        raise ValueError(f"`{column}` is empty or not a string: {row[column]!r}.")
+
+
+def _render_template(question: str, answer: str, template: str) -> Example:
+    before, placeholder, after = template.partition("{answer}")
+    if not placeholder or after or "{question}" not in before:
+        raise ValueError(f"`prompt_template` must hold {{question}} and end with {{answer}}, but it is {template!r}.")
+    # White space before an answer belongs to its first token in every common tokenizer.
+    prompt = before.rstrip()
+    answer = before[len(prompt) :] + answer
+    return Example(prompt.replace("{question}", question), answer, answer.strip(), is_chat=False)
+
+
+def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Example:
+    if not tokenizer.chat_template:
+        raise ValueError("a row of `messages` needs a tokenizer with a chat template, and this one has none.")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("`messages` must hold a prompt and end with the assistant's answer.")
+    _require_text(messages[-1], "content")
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template does not begin a conversation with its own generation prompt.")
+    content = messages[-1]["content"].strip()
+    if content not in whole[len(prompt) :]:
+        raise ValueError("the chat template changes the assistant's answer, so that its tokens cannot be told.")
+    return Example(prompt, whole[len(prompt) :], content, is_chat=True)

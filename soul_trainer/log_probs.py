@@ -1,0 +1,120 @@
+"""
+Logits and labels to log-probabilities. This is the only place where labels are shifted.
+
+A vocabulary-wide tensor is the largest thing in a step, so it is never copied: labels are shifted instead of logits,
+only the positions of answers are read, and float32 lives no longer than a chunk of `CHUNK_TOKENS` positions.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .batch import IGNORE_INDEX
+
+
+CHUNK_TOKENS = 1024
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """
+    Moves labels to the position whose logits predict them.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(rows, tokens)`): Labels as in a batch, not shifted.
+
+    Returns:
+        `torch.LongTensor` of shape `(rows, tokens)`: `targets[:, t] = labels[:, t + 1]`; `IGNORE_INDEX` at the end.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def token_log_probs(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """
+    Log-probability of each target token.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(rows, tokens, vocabulary)`): Any floating dtype.
+        targets (`torch.LongTensor` of shape `(rows, tokens)`): From [`shift_labels`].
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Mass in [0, 1) that is spread evenly over the vocabulary: the result is then the expectation of the
+            log-probability under the smoothed label.
+
+    Returns:
+        `torch.FloatTensor` of shape `(rows, tokens)`: Float32, zero where `targets` is `IGNORE_INDEX`.
+    """
+    return _TokenLogProbs.apply(logits, targets, label_smoothing)
+
+
+def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    KL(reference || model) of the next-token distribution at each answer position, in nats.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(rows, tokens, vocabulary)`): The model that is trained.
+        reference_logits (`torch.FloatTensor` of shape `(rows, tokens, vocabulary)`): No gradient flows into it.
+        targets (`torch.LongTensor` of shape `(rows, tokens)`): From [`shift_labels`]; says which positions count.
+
+    Returns:
+        `torch.FloatTensor` of shape `(rows, tokens)`: Float32, zero where `targets` is `IGNORE_INDEX`.
+    """
+    return _TokenKL.apply(logits, reference_logits.detach(), targets)
+
+
+def _answer_chunks(targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1).split(CHUNK_TOKENS)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, label_smoothing):
+        flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
+        log_probs = logits.new_zeros(flat_targets.shape, dtype=torch.float32)
+        for chunk in _answer_chunks(targets):
+            scores = flat_logits[chunk].float()
+            value = scores.gather(1, flat_targets[chunk, None]).squeeze(1)
+            if label_smoothing:
+                value = (1 - label_smoothing) * value + label_smoothing * scores.mean(1)
+            log_probs[chunk] = value - scores.logsumexp(1)
+        ctx.save_for_backward(logits, targets)
+        ctx.label_smoothing = label_smoothing
+        return log_probs.view_as(targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # d log p(y) / d logits = onehot(y) - softmax(logits)
+        logits, targets = ctx.saved_tensors
+        flat_logits, flat_targets, grad = logits.flatten(0, 1), targets.flatten(), grad.flatten()
+        grad_logits = torch.zeros_like(flat_logits)
+        for chunk in _answer_chunks(targets):
+            delta = flat_logits[chunk].float().softmax(1).neg_()
+            if ctx.label_smoothing:
+                delta += ctx.label_smoothing / delta.shape[1]
+            weight = delta.new_full((len(chunk), 1), 1 - ctx.label_smoothing)
+            delta.scatter_add_(1, flat_targets[chunk, None], weight)
+            grad_logits[chunk] = (delta * grad[chunk, None]).to(grad_logits.dtype)
+        return grad_logits.view_as(logits), None, None
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, reference_logits, targets):
+        flat_logits, flat_reference = logits.flatten(0, 1), reference_logits.flatten(0, 1)
+        divergence = logits.new_zeros(targets.numel(), dtype=torch.float32)
+        for chunk in _answer_chunks(targets):
+            log_p = flat_logits[chunk].float().log_softmax(1)
+            log_q = flat_reference[chunk].float().log_softmax(1)
+            divergence[chunk] = (log_q.exp() * (log_q - log_p)).sum(1)
+        ctx.save_for_backward(logits, reference_logits, targets)
+        return divergence.view_as(targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # d KL(q || p) / d logits = p - q
+        logits, reference_logits, targets = ctx.saved_tensors
+        flat_logits, flat_reference, grad = logits.flatten(0, 1), reference_logits.flatten(0, 1), grad.flatten()
+        grad_logits = torch.zeros_like(flat_logits)
+        for chunk in _answer_chunks(targets):
+            delta = flat_logits[chunk].float().softmax(1) - flat_reference[chunk].float().softmax(1)
+            grad_logits[chunk] = (delta * grad[chunk, None]).to(grad_logits.dtype)
+        return grad_logits.view_as(logits), None, None

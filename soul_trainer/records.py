@@ -1,0 +1,61 @@
+"""What a run leaves behind besides weights: its settings, its end, its model card. Files are written whole."""
+
+import json
+import os
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from .config import SOPHIA_NAMES, SophiaArguments, UnlearnConfig
+
+
+RUN_FILE = "unlearning.json"
+
+# The settings of TrainingArguments that decide what a run learns; the others say how it is run.
+_TRAINING_SETTINGS = (
+    *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file under another name and renames it, so that no reader meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run_settings(args: UnlearnConfig) -> dict:
+    """The settings that another run must repeat to get the same model."""
+    inherited = {setting.name for setting in fields(TrainingArguments)}
+    own = [setting.name for setting in fields(args) if setting.name not in inherited | {"overwrite"}]
+    if args.optim not in SOPHIA_NAMES:
+        own = [name for name in own if name not in {setting.name for setting in fields(SophiaArguments)}]
+    values = {name: getattr(args, name) for name in (*own, *_TRAINING_SETTINGS)}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def check_unfinished(args: UnlearnConfig) -> None:
+    """Raises a `ValueError` if `output_dir` holds a finished run and `overwrite` is not set."""
+    if (Path(args.output_dir) / RUN_FILE).exists() and not args.overwrite:
+        raise ValueError(
+            f"`output_dir`={args.output_dir!r} holds a finished run: set `overwrite=True` (--overwrite) to replace "
+            "it, or choose another folder."
+        )
+
+
+def record_run(args: UnlearnConfig, metrics: dict[str, float]) -> None:
+    """Marks the run in `output_dir` as finished, with its settings and the Trainer's metrics."""
+    record = {"settings": run_settings(args), "metrics": metrics}
+    write_whole(Path(args.output_dir) / RUN_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def add_to_model_card(args: UnlearnConfig) -> None:
+    """Adds the method and its settings to the model card that the Trainer wrote to `output_dir`."""
+    path = Path(args.output_dir) / "README.md"
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in run_settings(args).items())
+    section = f"\n## Unlearning\n\nMade to forget with soul-trainer.\n\n| setting | value |\n|---|---|\n{rows}\n"
+    write_whole(path, path.read_text(encoding="utf-8") + section)
