@@ -59,6 +59,7 @@ class HessianCallback(TrainerCallback):
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
         self.refresh_seconds = 0.0
+        self.learning_rates: list[float] = []
         self.has_warned = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -86,25 +87,36 @@ class HessianCallback(TrainerCallback):
                 self._estimate_once()
         self.refresh_seconds = time.perf_counter() - start
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Logs the curvature whenever the Trainer logs."""
-        if control.should_log:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Remembers the learning rates of the step, which the scheduler changes before the step is logged."""
+        self.learning_rates = [group["lr"] for group in find_sophia(self.trainer.optimizer).param_groups]
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
+    ) -> None:
+        """Logs the curvature after each training loss (earlier, the Trainer would take its own log for done)."""
+        if "loss" in logs:
             self.trainer.log(self.curvature())
 
     def curvature(self) -> dict[str, float]:
         """The figures of the last step that the class lists."""
         sophia = find_sophia(self.trainer.optimizer)
-        groups = {param: group for group in sophia.param_groups for param in group["params"]}
+        groups = {
+            param: (group, lr)
+            for group, lr in zip(sophia.param_groups, self.learning_rates)
+            for param in group["params"]
+        }
         named = [
             (name, p) for name, p in self.trainer.model.named_parameters() if "exp_avg" in sophia.state.get(p, {})
         ]
         clipped, hessian_sum, count, squares = 0.0, 0.0, 0, {}
         for _, param in named:
-            direction = sophia.direction(param, groups[param])
+            group, lr = groups[param]
+            direction = sophia.direction(param, group)
             clipped += float((direction.abs() >= 1).sum())
             hessian_sum += float(sophia.state[param]["hessian"].sum(dtype=torch.float64))
             count += direction.numel()
-            squares[param] = groups[param]["lr"] ** 2 * float(direction.square().sum())
+            squares[param] = lr**2 * float(direction.square().sum())
         shares = update_shares(named, squares.__getitem__)
         if shares.pop("largest_tensor") > 0.95 and not self.has_warned:
             name = max(named, key=lambda item: squares[item[1]])[0]

@@ -56,7 +56,28 @@ def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor, targets: torc
     Returns:
         `torch.FloatTensor` of shape `(rows, tokens)`: Float32, zero where `targets` is `IGNORE_INDEX`.
     """
-    return _TokenKL.apply(logits, reference_logits.detach(), targets)
+    return _TokenDivergence.apply(logits, reference_logits.detach(), targets, _kl)
+
+
+def token_cross_entropy(logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy of the reference under the model's own distribution, `-sum_v p(v) log p_reference(v)`, at each answer
+    position, in nats: KL(model || reference) plus the model's entropy. Arguments and result are those of [`token_kl`].
+    """
+    return _TokenDivergence.apply(logits, reference_logits.detach(), targets, _cross_entropy)
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # d KL(q || p) / d logits = p - q
+    q = log_q.exp()
+    return (q * (log_q - log_p)).sum(1), log_p.exp() - q
+
+
+def _cross_entropy(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # d H(p, q) / d logits = p (-log q - H(p, q))
+    p = log_p.exp()
+    value = -(p * log_q).sum(1)
+    return value, -p * (log_q + value[:, None])
 
 
 def _answer_chunks(targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -95,26 +116,25 @@ class _TokenLogProbs(torch.autograd.Function):
         return grad_logits.view_as(logits), None, None
 
 
-class _TokenKL(torch.autograd.Function):
+class _TokenDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, reference_logits, targets):
+    def forward(ctx, logits, reference_logits, targets, rule):
         flat_logits, flat_reference = logits.flatten(0, 1), reference_logits.flatten(0, 1)
         divergence = logits.new_zeros(targets.numel(), dtype=torch.float32)
         for chunk in _answer_chunks(targets):
-            log_p = flat_logits[chunk].float().log_softmax(1)
-            log_q = flat_reference[chunk].float().log_softmax(1)
-            divergence[chunk] = (log_q.exp() * (log_q - log_p)).sum(1)
+            log_p, log_q = (flat[chunk].float().log_softmax(1) for flat in (flat_logits, flat_reference))
+            divergence[chunk] = rule(log_p, log_q)[0]
         ctx.save_for_backward(logits, reference_logits, targets)
+        ctx.rule = rule
         return divergence.view_as(targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        # d KL(q || p) / d logits = p - q
         logits, reference_logits, targets = ctx.saved_tensors
         flat_logits, flat_reference, grad = logits.flatten(0, 1), reference_logits.flatten(0, 1), grad.flatten()
         grad_logits = torch.zeros_like(flat_logits)
         for chunk in _answer_chunks(targets):
-            delta = flat_logits[chunk].float().softmax(1) - flat_reference[chunk].float().softmax(1)
-            grad_logits[chunk] = (delta * grad[chunk, None]).to(grad_logits.dtype)
-        return grad_logits.view_as(logits), None, None
+            log_p, log_q = (flat[chunk].float().log_softmax(1) for flat in (flat_logits, flat_reference))
+            grad_logits[chunk] = (ctx.rule(log_p, log_q)[1] * grad[chunk, None]).to(grad_logits.dtype)
+        return grad_logits.view_as(logits), None, None, None

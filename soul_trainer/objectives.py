@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .batch import ForgetRetainBatch
-from .log_probs import shift_labels, token_kl, token_log_probs
+from .log_probs import shift_labels, token_cross_entropy, token_kl, token_log_probs
 
 
 @dataclass
@@ -99,8 +99,12 @@ def kl(half: Half, npo_beta: float) -> Tensor:
 
 
 def kl_away(half: Half, npo_beta: float) -> Tensor:
-    """The negative of [`kl`]: drives the model's distribution away from what it was (KL of the released SOUL code)."""
-    return -kl(half, npo_beta)
+    """
+    Drives the distribution away from what it was, as the released SOUL code does: `sum_t sum_v p(v) log p_ref(v)`.
+
+    The negative of [`kl`] would be stuck: the model starts as its own reference, where KL has no gradient.
+    """
+    return -token_cross_entropy(half.logits, half.reference_logits, half.targets).sum(1)
 
 
 def npo(half: Half, npo_beta: float) -> Tensor:
