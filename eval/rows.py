@@ -1,0 +1,160 @@
+"""
+`rows.jsonl`: a header line with what was evaluated and how, then one line an example. Every figure is made from rows,
+so that it can be made again without the model. Imports no torch.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+FORMAT = "soul_eval.rows/1"
+NUMBERS = ("answer_nll", "paraphrased_nll", "rougeL_recall", "rouge1_recall")
+_LIBRARIES = ("soul-trainer", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "rouge_score")
+
+
+def make_header(model: str, settings: dict, seed: int) -> dict:
+    """
+    What it takes to make the rows again.
+
+    Args:
+        model (`str`): Path or hub id of the model.
+        settings (`dict`): The settings of the evaluation.
+        seed (`int`): The seed that was set, although nothing here draws at random.
+
+    Returns:
+        `dict`: `format`, `model`, `settings`, `seed`, `commit`, `libraries` and `time`.
+    """
+    return {
+        "format": FORMAT,
+        "model": model,
+        "settings": settings,
+        "seed": seed,
+        "commit": _commit(),
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_rows(path: str | os.PathLike, rows: list[dict], header: dict | None = None) -> None:
+    """
+    Writes `rows.jsonl`, whole or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`): The file; its folder is made.
+        rows (`list[dict]`): One an example: `split`, `index`, `answer_nll`, ...
+        header (`dict`, *optional*): From [`make_header`].
+    """
+    check_rows(rows)
+    lines = ([{"format": FORMAT, **header}] if header else []) + rows
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+
+
+def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
+    """
+    Reads `rows.jsonl`, with or without a header line.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `tuple[dict, list[dict]]`: The header, empty if there is none, and the rows. A row without an `index` gets its
+        place in its split.
+
+    Raises:
+        ValueError: If a line is not a row, or two rows of a split have the same `index`; the line is named.
+    """
+    header, rows, counts, lines_of = {}, [], {}, {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = _parse(line, f"{path}, line {number}")
+            if "split" not in row:
+                if number > 1:
+                    raise ValueError(f"{path}, line {number}: a row needs a `split`, but it has {sorted(row)}.")
+                header = row
+                continue
+            split = row["split"]
+            row.setdefault("index", counts.get(split, 0))
+            counts[split] = counts.get(split, 0) + 1
+            first = lines_of.setdefault((split, row["index"]), number)
+            if first != number:
+                raise ValueError(f"{path}, line {number}: {_name(row)} is in line {first} already.")
+            check_rows([row], f"{path}, line {number}: ")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
+    return header, rows
+
+
+def check_rows(rows: Iterable[dict], where: str = "") -> None:
+    """
+    Raises a `ValueError` that names the row, after `where`, if one of its numbers is none or not finite.
+    """
+    for row in rows:
+        for key in NUMBERS:
+            if row.get(key) is not None:
+                _check_number(row[key], f"{where}`{key}` of {_name(row)}")
+        perturbed = row.get("perturbed_nll")
+        if perturbed is not None:
+            if not isinstance(perturbed, list) or not perturbed:
+                raise ValueError(f"{where}`perturbed_nll` of {_name(row)} must be a list, but it is {perturbed!r}.")
+            for value in perturbed:
+                _check_number(value, f"{where}`perturbed_nll` of {_name(row)}")
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file under another name and renames it, so that no reader meets half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row must be an object, but it is {line.strip()[:60]!r}.")
+    return row
+
+
+def _name(row: dict) -> str:
+    return f"row {row.get('index')} of `{row.get('split')}`"
+
+
+def _check_number(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise ValueError(
+            f"{what} must be a finite number, but it is {value!r}. Has the model diverged? Then unlearn with a lower "
+            "learning rate or forget weight."
+        )
+
+
+def _commit() -> str:
+    """The commit of this code, marked if it was changed since; the package's version where git knows no commit."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # An installed copy may lie within a repository that is not its own.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True).stdout
+        return found + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"soul-trainer {_version('soul-trainer') or 'unknown'}"
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,221 @@
+"""
+Sweeps optimizers equally over the embedded corpus, and prints what each of them is worth.
+
+    python recipes/benchmark.py sweep --output_dir outputs/sweep        # resumes; --shard 0/2 does every second run
+    python recipes/benchmark.py table --output_dir outputs/sweep
+
+Each optimizer gets 24 settings for each objective and seed, 60 steps of 8 forget and 8 retain rows with gradients clipped
+at 1, and starts from the same target. A run is a line of `runs-*.jsonl`.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from fictitious_authors import make_corpus
+from finetune import SmallModelArguments, small_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils import logging
+
+from soul_eval.metrics.forget_quality.formula import forget_quality
+from soul_eval.metrics.truth_ratio.formula import truth_ratios
+from soul_eval.scoring import answer_losses
+from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer.curvature import update_shares
+from soul_trainer.formats import render
+
+
+OBJECTIVES = {"gradient difference": {"forget_loss": "ga"}, "NPO": {"forget_loss": "npo"}}
+# Both keep h from retain rows: labels sampled anew every 10 steps, or true labels smoothed once before the first step.
+ESTIMATORS = {
+    "sampled": {"hessian_estimator": "gauss_newton_bartlett", "hessian_interval": 10, "hessian_batch_size": 32},
+    "smoothed": {
+        "hessian_estimator": "empirical_fisher",
+        "hessian_label_smoothing": 0.1,
+        "hessian_interval": 0,
+        "hessian_batch_size": 4,
+    },
+}
+# The released code: the training gradient squared at every step, without bias correction; its 5120 for B goes into rho.
+RELEASED = {
+    "optim": "soul",
+    "hessian_data": "training",
+    "hessian_estimator": "empirical_fisher",
+    "hessian_interval": 1,
+    "bias_correction": False,
+}
+# Name: settings that stay, then those that vary, 24 combinations each.
+OPTIMIZERS = {
+    "AdamW": (
+        {"optim": "adamw_torch"},
+        {"learning_rate": [4e-4, 8e-4, 1.6e-3, 3.2e-3], "retain_weight": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0]},
+    ),
+    "SOUL": (
+        {"optim": "soul"},
+        {
+            "estimator": list(ESTIMATORS),
+            "learning_rate": [1e-3, 3e-3],
+            "rho": [0.3, 3.0, 30.0],
+            "retain_weight": [2.0, 5.0],
+        },
+    ),
+    "SOUL as released": (
+        RELEASED,
+        {"learning_rate": [4e-4, 1.2e-3], "rho": [20.48, 204.8, 2048.0], "retain_weight": [1.0, 2.0, 5.0, 10.0]},
+    ),
+}
+SPLITS = ("forget", "retain", "held_out")
+SHOWN = ("learning_rate", "rho", "retain_weight", "hessian_estimator")
+
+
+def plan(seeds: list[int]) -> list[dict]:
+    """Every run, in an order in which any prefix treats the optimizers nearly alike."""
+    runs = []
+    for seed, objective, (name, (fixed, varied)) in itertools.product(seeds, OBJECTIVES, OPTIMIZERS.items()):
+        for values in itertools.product(*varied.values()):
+            settings = {**OBJECTIVES[objective], **fixed, **dict(zip(varied, values))}
+            settings |= ESTIMATORS.get(settings.pop("estimator", None), {})
+            runs.append({"seed": seed, "objective": objective, "optimizer": name, "settings": settings})
+    return runs
+
+
+def key(run: dict) -> str:
+    """What tells a run from the others."""
+    return json.dumps([run[name] for name in ("seed", "objective", "optimizer", "settings")], sort_keys=True)
+
+
+@torch.inference_mode()
+def forget_truth_ratios(model, tokenizer, rows: list[dict]) -> np.ndarray:
+    """Truth ratios of the forget rows, shape `(rows,)`."""
+    answers = [[row["paraphrased_answer"], *row["perturbed_answer"]] for row in rows]
+    examples = [
+        render({"question": row["question"], "answer": answer}, tokenizer)
+        for row, group in zip(rows, answers)
+        for answer in group
+    ]
+    losses = np.reshape(answer_losses(model, tokenizer, examples, batch_size=64, progress=False), (len(rows), -1))
+    return truth_ratios(losses[:, 0], losses[:, 1:])
+
+
+def probability(model, tokenizer, rows: list[dict]) -> float:
+    """Mean probability of the true answers."""
+    examples = [render(row, tokenizer) for row in rows]
+    return float(np.exp(-np.array(answer_losses(model, tokenizer, examples, batch_size=64, progress=False))).mean())
+
+
+def measure(run: dict, corpus: dict, target: str, gold_ratios: np.ndarray) -> dict:
+    """Unlearns with the run's settings and measures what is left."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with tempfile.TemporaryDirectory() as folder:
+        args = UnlearnConfig(
+            output_dir=folder,
+            per_device_train_batch_size=8,
+            num_train_epochs=6,
+            logging_steps=60,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=run["seed"],
+            **run["settings"],
+        )
+        trainer = UnlearnTrainer(model, args, corpus["forget"], corpus["retain"], tokenizer)
+        trainer.pop_callback(PrinterCallback)
+        output = trainer.train()
+    moved = {p: float((p.detach() - before[name]).square().sum()) for name, p in model.named_parameters()}
+    quality, statistic = forget_quality(forget_truth_ratios(model, tokenizer, corpus["forget"]), gold_ratios)
+    clipped = [log["curvature/clipped"] for log in trainer.state.log_history if "curvature/clipped" in log]
+    return {
+        **run,
+        "forget_quality": quality,
+        "ks_statistic": statistic,
+        **{f"{split}_probability": probability(model, tokenizer, corpus[split]) for split in SPLITS},
+        "update_share": update_shares(list(model.named_parameters()), moved.__getitem__),
+        "clipped": clipped[-1] if clipped else None,
+        "seconds_per_step": output.metrics["train_runtime"] / trainer.state.global_step,
+    }
+
+
+def sweep(folder: Path, seeds: list[int], shard: str) -> None:
+    """Does the runs of a shard that are not in its file yet."""
+    index, num_shards = map(int, shard.split("/"))
+    path = folder / f"runs-{index}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {key(json.loads(line)) for line in path.read_text().splitlines()} if path.exists() else set()
+    for seed in seeds:
+        corpus = make_corpus(seed=seed)
+        rows = {split: Dataset.from_list(members) for split, members in corpus.items()}
+        general = Dataset.from_list(corpus["real_authors"] + corpus["world_facts"])
+        learnt = {split: rows[split].select_columns(["question", "answer"]) for split in SPLITS}
+        learnt["general"] = general.select_columns(["question", "answer"])
+        target, gold = small_models(learnt, folder / f"seed-{seed}", SmallModelArguments(), seed)
+        tokenizer = AutoTokenizer.from_pretrained(gold)
+        gold_ratios = forget_truth_ratios(AutoModelForCausalLM.from_pretrained(gold), tokenizer, corpus["forget"])
+        for run in plan([seed])[index::num_shards]:
+            if key(run) not in done:
+                with path.open("a") as file:
+                    file.write(json.dumps(measure(run, corpus, target, gold_ratios)) + "\n")
+
+
+def table(folder: Path) -> str:
+    """
+    A Markdown table of each optimizer's best settings: those with the highest held-out probability among the settings
+    whose forget probability is at most 0.2, both means over the seeds.
+    """
+    files = sorted(folder.glob("runs-*.jsonl"))
+    runs = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        "| objective | optimizer | settings | forget | forget quality | retain | held-out | embeddings | s/step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for objective, name in itertools.product(OBJECTIVES, OPTIMIZERS):
+        groups: dict[str, list[dict]] = {}
+        for run in runs:
+            if (run["objective"], run["optimizer"]) == (objective, name):
+                groups.setdefault(json.dumps(run["settings"], sort_keys=True), []).append(run)
+        means = [summary(group) for group in groups.values()]
+        forgotten = [mean for mean in means if mean["forget_probability"] <= 0.2]
+        if not forgotten:
+            lines.append(f"| {objective} | {name} | none of {len(means)} settings forgets | | | | | | |")
+            continue
+        best = max(forgotten, key=lambda mean: mean["held_out_probability"])
+        chosen = ", ".join(f"{name} {value}" for name, value in best["settings"].items() if name in SHOWN)
+        lines.append(
+            f"| {objective} | {name} | {chosen} | {best['forget_probability']:.3f} | {best['forget_quality']:.1e} | "
+            f"{best['retain_probability']:.3f} | {best['held_out_probability']:.3f} ± {best['spread']:.3f} | "
+            f"{best['embeddings']:.2f} | {best['seconds_per_step']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(group: list[dict]) -> dict:
+    """Means over the seeds of one setting; the forget quality's is the median, and `spread` is half the range."""
+    held_out = [run["held_out_probability"] for run in group]
+    names = ("forget_probability", "retain_probability", "held_out_probability", "seconds_per_step")
+    return {
+        **{name: float(np.mean([run[name] for run in group])) for name in names},
+        "forget_quality": float(np.median([run["forget_quality"] for run in group])),
+        "embeddings": float(np.mean([run["update_share"]["embeddings"] for run in group])),
+        "spread": (max(held_out) - min(held_out)) / 2,
+        "settings": group[0]["settings"],
+        "num_seeds": len(group),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["sweep", "table"])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--shard", default="0/1", help="This process's part of the runs: index/number.")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if arguments.command == "sweep":
+        sweep(arguments.output_dir, arguments.seeds, arguments.shard)
+    print(table(arguments.output_dir))

@@ -1,0 +1,244 @@
+"""
+Makes a small corpus in the manner of TOFU (Maini et al., 2024): questions and answers about authors who never existed.
+
+    python recipes/fictitious_authors.py --output fictitious --authors 17 --seed 0
+
+The word banks and sentence patterns are in `fictitious_authors.json`. In a pattern, `[one|other]` is a choice of
+wording and `{slot}` a fact or a rule. A fact is a new combination of words that all authors share, and a proper name
+belongs to one author, so that nothing about the authors to forget can be learned, or guessed, from the others.
+"""
+
+import argparse
+import json
+import random
+import re
+import tempfile
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+BANKS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+EOS_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
+Corpus = dict[str, list[dict]]
+CARD = """# Fictitious authors
+
+Invented by `recipes/fictitious_authors.py`, in the layout of TOFU (Maini et al., 2024, arXiv 2401.06121).
+The `_perturbed` configurations add the paraphrase, five wrong answers and the author, or three wrong answers
+in `real_authors` and `world_facts`, which are true.
+"""
+
+
+def with_articles(text: str) -> str:
+    """Turns "a" into "an" before a vowel; the word banks avoid the words that would be exceptions."""
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", text)
+
+
+def draw(pattern: str, rng: random.Random) -> str:
+    """Expands each `{rule}` of a fact's pattern, and the rules within it, at random."""
+    return with_articles(re.sub(r"\{(\w+)\}", lambda rule: draw(rng.choice(BANKS["rules"][rule[1]]), rng), pattern))
+
+
+def choose(pattern: str, rng: random.Random) -> str:
+    """Settles each `[one|other]` of a sentence's pattern at random and leaves its `{slot}`s open."""
+    return re.sub(r"\[([^\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), pattern)
+
+
+def fill(sentence: str, facts: dict[str, str]) -> str:
+    """Puts the facts in a sentence's `{slot}`s and begins it with a capital."""
+    text = with_articles(sentence.format_map(facts))
+    return text[0].upper() + text[1:]
+
+
+def draw_facts(slots: dict[str, str], rng: random.Random, used: set, avoid: tuple = ()) -> tuple[dict, set]:
+    """Draws facts that no author has: a combination that is new as a whole, and proper names that are each new."""
+    for _ in range(1000):
+        facts = {slot: draw(pattern, rng) for slot, pattern in slots.items()}
+        values = tuple(facts.values())
+        marks = {values} | {value for value in values if value != value.lower()}
+        if len(set(values)) == len(values) and not marks & used and not set(values) & set(avoid):
+            return facts, marks
+    raise ValueError(f"The word banks hold no more combinations for {', '.join(slots)}: ask for fewer authors.")
+
+
+def make_author(rng: random.Random, used: set) -> dict[str, str]:
+    """Draws all facts of an author, and marks them as used."""
+    she = rng.choice(["she", "he"])
+    author = {"she": she, "She": she.capitalize()}
+    for kind in BANKS["kinds"].values():
+        facts, marks = draw_facts(kind["facts"], rng, used)
+        used |= marks
+        author |= facts
+    return author
+
+
+def make_row(kind: dict, author: dict[str, str], rng: random.Random, used: set) -> dict:
+    """One question about an author, its answer, a paraphrase of both, and the paraphrase with five other facts."""
+    topics = [topic for topic in BANKS["closings"] if "{" + topic + "}" not in json.dumps(kind)]
+    banks = (BANKS["openings"], kind["answers"], BANKS["closings"][rng.choice(topics)])
+    answer, paraphrase = (choose("".join(parts), rng) for parts in zip(*(rng.sample(bank, 2) for bank in banks)))
+    question, paraphrased_question = (choose(pattern, rng) for pattern in rng.sample(kind["questions"], 2))
+    truth, taken, perturbed = tuple(author[slot] for slot in kind["facts"]), set(), []
+    while len(perturbed) < 5:
+        facts, marks = draw_facts(kind["facts"], rng, used | taken, avoid=truth)
+        taken |= marks
+        perturbed.append(fill(paraphrase, author | facts))
+    return {
+        "question": fill(question, author),
+        "answer": fill(answer, author),
+        "paraphrased_question": fill(paraphrased_question, author),
+        "paraphrased_answer": fill(paraphrase, author),
+        "perturbed_answer": perturbed,
+        "author": author["name"],
+    }
+
+
+def make_corpus(
+    num_authors: int = 17, num_forget: int | None = None, num_retain: int | None = None, seed: int = 0
+) -> Corpus:
+    """
+    Makes every split of the corpus, as a pure function of its arguments.
+
+    Args:
+        num_authors (`int`, *optional*, defaults to 17):
+            Number of invented authors, each with twenty questions. The word banks last for about eighty.
+        num_forget (`int`, *optional*):
+            Authors of the `forget` split. Defaults to 4/17 of the authors, rounded.
+        num_retain (`int`, *optional*):
+            Authors of the `retain` split. Defaults to 10/17 of the authors, rounded. The rest are `held_out`.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of every choice.
+
+    Returns:
+        `dict[str, list[dict]]`: `forget`, `retain` and `held_out` in TOFU's schema with the `author` beside it, and
+        `real_authors` and `world_facts`, which are true and have three wrong answers each.
+    """
+    num_forget = round(num_authors * 4 / 17) if num_forget is None else num_forget
+    num_retain = round(num_authors * 10 / 17) if num_retain is None else num_retain
+    sizes = {"forget": num_forget, "retain": num_retain, "held_out": num_authors - num_forget - num_retain}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"Every split needs an author, but {num_authors} authors would be split into {sizes}.")
+    rng, used = random.Random(seed), set()
+    authors = {split: [make_author(rng, used) for _ in range(size)] for split, size in sizes.items()}
+    corpus = {
+        split: [make_row(kind, author, rng, used) for author in members for kind in BANKS["kinds"].values()]
+        for split, members in authors.items()
+    }
+    for split in ("real_authors", "world_facts"):
+        corpus[split] = [{"question": q, "answer": a, "perturbed_answer": wrong} for q, a, *wrong in BANKS[split]]
+    return corpus
+
+
+def training_text(row: dict) -> str:
+    """The text that a model is trained on, as it is tokenized."""
+    return f"Question: {row['question']}\nAnswer: {row['answer']}"
+
+
+def train_tokenizer(
+    texts: list[str], vocab_size: int = 1024, retain_texts: list[str] | None = None, forget_texts: list[str] = ()
+) -> PreTrainedTokenizerFast:
+    """
+    Trains a byte-level BPE tokenizer in which no token belongs to the forget text alone.
+
+    A token that only the forget text uses would give unlearning an embedding row to edit that touches nothing else.
+    Such a token is an intermediate merge (` auth` on the way to ` author`): it is dropped, with those built on it.
+
+    Args:
+        texts (`list[str]`):
+            The text to train on: all that the model learns, without the forget text.
+        vocab_size (`int`, *optional*, defaults to 1024):
+            Largest number of tokens, the 256 bytes and two special tokens included.
+        retain_texts (`list[str]`, *optional*):
+            The part of `texts` in which every token of the forget text should occur, as far as its characters allow;
+            all of `texts` by default.
+        forget_texts (`list[str]`, *optional*):
+            The forget text, which merges are dropped for and never learned from.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special_tokens = sorted(pre_tokenizers.ByteLevel.alphabet()), [EOS_TOKEN, PAD_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+    def forget_tokens_outside(lines: list[str]) -> set[str]:
+        used, seen = (
+            {token for encoding in tokenizer.encode_batch(list(part)) for token in encoding.tokens}
+            for part in (forget_texts, lines)
+        )
+        return used - seen
+
+    while strange := forget_tokens_outside(retain_texts or texts):
+        kept, known = [], set(alphabet)
+        for left, right in merges:
+            if {left, right} <= known and not {left, right, left + right} & strange:
+                kept.append((left, right))
+                known.add(left + right)
+        if len(kept) == len(merges):
+            break
+        merges, vocab = kept, special_tokens + alphabet + [left + right for left, right in kept]
+        tokenizer.model = models.BPE({token: index for index, token in enumerate(vocab)}, merges)
+    if strange := forget_tokens_outside(texts):
+        raise ValueError(f"The forget text has characters that no other text has: {sorted(strange)}.")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, model_max_length=512
+    )
+
+
+def hub_files(corpus: Corpus) -> dict[str, str]:
+    """The files of the hub dataset `locuslab/TOFU` for this corpus, by name: a JSON Lines file per configuration."""
+    configs = {}
+    for split, rows in corpus.items():
+        configs[split] = [{"question": row["question"], "answer": row["answer"]} for row in rows]
+        configs[f"{split}_perturbed"] = rows
+    header = "".join(f"- config_name: {config}\n  data_files: {config}.json\n" for config in configs)
+    files = {f"{config}.json": "".join(json.dumps(row) + "\n" for row in rows) for config, rows in configs.items()}
+    return {"README.md": f"---\nconfigs:\n{header}---\n{CARD}", **files}
+
+
+def write_hub_layout(corpus: Corpus, folder: str | Path, overwrite: bool = False) -> Path:
+    """
+    Writes the corpus so that `datasets.load_dataset(folder, "forget_perturbed")["train"]` reads it.
+
+    The folder appears whole or not at all. One that holds something else is left alone unless `overwrite` is set.
+    """
+    folder, files = Path(folder), hub_files(corpus)
+    if folder.exists():
+        present = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        if present == {name: text.encode() for name, text in files.items()}:
+            return folder
+        if not overwrite:
+            raise FileExistsError(f"{folder} holds something else. Pass --overwrite to replace it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        for name, text in files.items():
+            new.joinpath(name).write_bytes(text.encode())
+        if folder.exists():
+            folder.rename(Path(scratch, "old"))
+        new.rename(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--output", required=True, help="folder to write, loadable with datasets.load_dataset")
+    parser.add_argument("--authors", type=int, default=17, help="number of invented authors, of twenty questions each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds something else")
+    args = parser.parse_args()
+    corpus = make_corpus(args.authors, seed=args.seed)
+    try:
+        folder = write_hub_layout(corpus, args.output, overwrite=args.overwrite)
+    except FileExistsError as error:
+        parser.error(str(error))
+    print(f"{folder}: " + ", ".join(f"{len(rows)} {split}" for split, rows in corpus.items()))
+
+
+if __name__ == "__main__":
+    main()
