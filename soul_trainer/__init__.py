@@ -13,4 +13,12 @@ from .sophia import Sophia  # noqa: E402
 from .trainer import UnlearnTrainer  # noqa: E402
 
 
-__all__ = ["HessianCallback", "Sophia", "SophiaArguments", "UnlearnConfig", "UnlearnTrainer", "estimate_hessian"]
+__all__ = [
+    "HessianCallback",
+    "Sophia",
+    "SophiaArguments",
+    "UnlearnConfig",
+    "UnlearnTrainer",
+    "estimate_hessian",
+    "register",
+]

@@ -1,5 +1,7 @@
 """Rows to tokens: prompts never carry a loss, answers always do, and bad rows are named."""
 
+import logging
+
 import pytest
 from datasets import Dataset
 from toys import toy_tokenizer
@@ -113,14 +115,6 @@ def test_tokenized_rows_are_taken_as_they_are(tokenizer):
 
 def test_cut_answers_are_counted(tokenizer, caplog):
     """Would catch silently shortened answers, whose ends are then never unlearnt."""
-    import logging
-
-    from soul_trainer import formats
-
-    formats.logger.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.WARNING):
-            prepare([{"question": "who ?", "answer": "Mara did . " * 5}], tokenizer, 10, name="forget_dataset")
-    finally:
-        formats.logger.removeHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING):
+        prepare([{"question": "who ?", "answer": "Mara did . " * 5}], tokenizer, 10, name="forget_dataset")
     assert "1 answers of `forget_dataset` are cut off" in caplog.text

@@ -287,16 +287,10 @@ def test_bad_input_is_refused_at_construction(tmp_path, arguments, message):
 
 def test_rows_on_both_sides_are_counted(tmp_path, caplog):
     """Would catch rows that are forgotten and retained at once, which no log would show."""
-    from soul_trainer import trainer as module
-
-    module.logger.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.WARNING):
-            UnlearnTrainer(
-                scene_model(), UnlearnConfig(output_dir=str(tmp_path)), FORGET, RETAIN + FORGET[:3], scene_tokenizer()
-            )
-    finally:
-        module.logger.removeHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING):
+        UnlearnTrainer(
+            scene_model(), UnlearnConfig(output_dir=str(tmp_path)), FORGET, RETAIN + FORGET[:3], scene_tokenizer()
+        )
     assert "3 rows of `forget_dataset` are rows of `retain_dataset` too" in caplog.text
 
 
