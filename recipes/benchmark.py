@@ -41,7 +41,7 @@ ESTIMATORS = {
         "hessian_batch_size": 4,
     },
 }
-# The released code: the training gradient squared at every step, without bias correction; its 5120 for B goes into rho.
+# The released code: the training gradient squared at every step, no bias correction; its 5120 for B goes into rho.
 RELEASED = {
     "optim": "soul",
     "hessian_data": "training",

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
-from fictitious_authors import train_tokenizer, training_text
+from neutral_tokenizer import train_tokenizer, training_text
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -117,7 +117,19 @@ def train_small_model(
 def small_models(
     learnt: dict[str, Dataset], folder: Path, settings: SmallModelArguments, seed: int
 ) -> tuple[str, str]:
-    """Trains the target on everything and the gold standard on everything but the rows to forget."""
+    """
+    Trains the target on everything and the gold standard on everything but the rows to forget.
+
+    Args:
+        learnt (`dict[str, Dataset]`): `forget`, `retain` and others, question/answer rows each.
+        folder (`Path`): Where both models go.
+        settings ([`SmallModelArguments`]): Size and training.
+        seed (`int`): Seed of both.
+
+    Returns:
+        `tuple[str, str]`: The folders of target and gold.
+    """
+    learnt = dict(sorted(learnt.items()))
     others = concatenate_datasets([rows for split, rows in learnt.items() if split != "forget"])
     texts = {split: [training_text(row) for row in rows] for split, rows in learnt.items()}
     general = [text for split in texts if split != "forget" for text in texts[split]]

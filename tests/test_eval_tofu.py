@@ -69,7 +69,7 @@ def model_dir(tmp_path_factory, tokenizer):
 
 
 def test_splits_are_the_datasets_own(dataset, tmp_path):
-    """Catches a forget split that is ignored, a limit that takes other rows, and held-out rows made a must."""
+    """Catches a forget split that is ignored, a limit that takes other rows, held-out rows made a must or kept twice."""
     splits = load_splits(dataset, "forget_small")
     assert {split: len(rows) for split, rows in splits.items()} == dict.fromkeys(
         ("forget", "retain", "held_out", "real_authors", "world_facts"), 6
@@ -78,6 +78,12 @@ def test_splits_are_the_datasets_own(dataset, tmp_path):
     assert load_splits(dataset, "forget_small", limit=2)["retain"]["question"][:] == splits["retain"]["question"][:2]
     without = load_splits(write_dataset(tmp_path / "without", with_held_out=False), "forget_small")
     assert "held_out" not in without and len(without) == 4
+    own_held_out = load_splits(str(tmp_path / "without"), "forget_small", held_out_rows=2)
+    retain = splits["retain"]["question"][:]
+    assert own_held_out["retain"]["question"][:] == retain[:4]
+    assert own_held_out["held_out"]["question"][:] == retain[4:]
+    with pytest.raises(ValueError, match="`held_out_rows` must be less than 6"):
+        load_splits(str(tmp_path / "without"), "forget_small", held_out_rows=6)
     with pytest.raises(ValueError, match="no configuration 'forget10_perturbed'.*forget_small_perturbed"):
         load_splits(dataset)
     with pytest.raises(ValueError, match="`limit` must be at least 1"):
@@ -311,8 +317,8 @@ def test_trajectory_leaves_training_as_it_is(tokenizer, tmp_path):
     """Catches random numbers drawn, or dropout left off, by an evaluation in the middle of training."""
 
     def evaluate(model):
+        assert not any(module.training for module in model.modules())
         torch.rand(3)
-        model.eval()
         examples = [render(row, tokenizer) for row in question_rows("forget", 2)]
         return {"loss": sum(answer_losses(model, tokenizer, examples, progress=False))}
 

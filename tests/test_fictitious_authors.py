@@ -15,6 +15,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "fictitious_authors.py"
 sys.path.insert(0, str(RECIPE.parent))
 
 import fictitious_authors as recipe  # noqa: E402
+import neutral_tokenizer  # noqa: E402
 
 
 INVENTED = ("forget", "retain", "held_out")
@@ -23,7 +24,7 @@ LEARNED = ("retain", "held_out", "real_authors", "world_facts")
 
 
 def texts_of(corpus, *splits):
-    return [recipe.training_text(row) for split in splits for row in corpus[split]]
+    return [neutral_tokenizer.training_text(row) for split in splits for row in corpus[split]]
 
 
 def five_grams(rows):
@@ -39,7 +40,7 @@ def corpora():
 @pytest.fixture(scope="module")
 def tokenizers(corpora):
     return {
-        seed: recipe.train_tokenizer(
+        seed: neutral_tokenizer.train_tokenizer(
             texts_of(corpus, *LEARNED),
             retain_texts=texts_of(corpus, "retain"),
             forget_texts=texts_of(corpus, "forget"),
@@ -147,7 +148,7 @@ def test_no_token_belongs_to_the_forget_text_alone(corpora, tokenizers, seed):
 
 def test_tokenizer_never_learns_from_the_forget_text(corpora, tokenizers):
     """Catches a merge that the forget text earned: without it there are only merges to lose, not to win."""
-    plain = recipe.train_tokenizer(texts_of(corpora[0], *LEARNED))
+    plain = neutral_tokenizer.train_tokenizer(texts_of(corpora[0], *LEARNED))
     assert set(tokenizers[0].get_vocab()) <= set(plain.get_vocab())
     assert 900 < len(tokenizers[0]) <= len(plain) <= 1024
 
@@ -155,7 +156,7 @@ def test_tokenizer_never_learns_from_the_forget_text(corpora, tokenizers):
 def test_characters_that_no_other_text_has_are_refused(corpora):
     """Catches an endless loop when there is no merge left to drop."""
     with pytest.raises(ValueError, match="characters"):
-        recipe.train_tokenizer(texts_of(corpora[0], "retain"), forget_texts=["\u00e9\u4e2d"])
+        neutral_tokenizer.train_tokenizer(texts_of(corpora[0], "retain"), forget_texts=["\u00e9\u4e2d"])
 
 
 def test_tokenizer_round_trip(tokenizers, tmp_path):
@@ -167,7 +168,7 @@ def test_tokenizer_round_trip(tokenizers, tmp_path):
     assert loaded.decode(loaded(text).input_ids) == text
     assert sorted(loaded.get_vocab().values()) == list(range(len(loaded)))
     assert loaded("a<|endoftext|>").input_ids[-1] == loaded.eos_token_id != loaded.pad_token_id
-    assert (loaded.eos_token, loaded.pad_token) == (recipe.EOS_TOKEN, recipe.PAD_TOKEN)
+    assert (loaded.eos_token, loaded.pad_token) == (neutral_tokenizer.EOS_TOKEN, neutral_tokenizer.PAD_TOKEN)
     assert loaded.clean_up_tokenization_spaces is False
 
 
