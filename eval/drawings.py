@@ -98,6 +98,7 @@ def _trade_off(runs: list[Run], x: str, y: str, title: str) -> Drawing | None:
             edgecolors="black",
             linewidths=0.8,
             zorder=3,
+            clip_on=False,
             label=run.name,
         )
     if y == "forget_quality":

@@ -1,6 +1,6 @@
-"""The settings that `tofu.py` starts from: what all optimizers share, and what is each one's own."""
+"""The settings that `tofu.py` starts from: what all optimizers share, and what is each one's own for a forget loss."""
 
-# The best of the sweep in docs/benchmark.md on the small model, for each optimizer by the same rule.
+# Each optimizer's best on the small model by the rule of docs/benchmark.md.
 SMALL_MODEL = {
     "common": {
         "output_dir": "outputs/tofu",
@@ -12,11 +12,17 @@ SMALL_MODEL = {
         "report_to": "none",
         "seed": 0,
     },
-    "adamw_torch": {"learning_rate": 8e-4, "retain_weight": 5.0},
-    "soul": {"learning_rate": 1e-3, "retain_weight": 5.0, "rho": 1.0},
+    "adamw_torch": {
+        "npo": {"learning_rate": 8e-4, "retain_weight": 10.0},
+        "ga": {"learning_rate": 1.6e-3, "retain_weight": 10.0},
+    },
+    "soul": {
+        "npo": {"learning_rate": 1e-3, "rho": 3.0, "retain_weight": 2.0},
+        "ga": {"learning_rate": 1e-3, "rho": 3.0, "retain_weight": 5.0},
+    },
 }
 
-# SOUL's for gradient difference on TOFU with LLaMA-2-7B (OPTML-Group/SOUL, configs/), in bfloat16.
+# SOUL's on TOFU with LLaMA-2-7B (OPTML-Group/SOUL, configs/): gradient difference, and preference optimization.
 PUBLISHED = {
     "common": {
         "output_dir": "outputs/tofu",
@@ -32,6 +38,6 @@ PUBLISHED = {
         "report_to": "none",
         "seed": 0,
     },
-    "adamw_torch": {"retain_weight": 0.3},
-    "soul": {"retain_weight": 2.0},
+    "adamw_torch": {"ga": {"retain_weight": 0.3}, "refusal": {"learning_rate": 2e-5, "retain_weight": 1.0}},
+    "soul": {"ga": {"retain_weight": 2.0}, "refusal": {"learning_rate": 1e-5, "retain_weight": 5.0}},
 }

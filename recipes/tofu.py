@@ -55,12 +55,13 @@ class TofuArguments:
 
 
 def parse(optimizer: str | None = None) -> tuple[TofuArguments, SmallModelArguments, UnlearnConfig]:
-    """The command line, over defaults that depend on the model and on the optimizer."""
+    """The command line, over defaults that depend on the model, the forget loss and the optimizer."""
     parser = HfArgumentParser((TofuArguments, SmallModelArguments, UnlearnConfig))
     defaults = PUBLISHED if given("model") else SMALL_MODEL
-    parser.set_defaults(**defaults["common"], **defaults.get(optimizer, {}))
+    parser.set_defaults(**defaults["common"])
     if optimizer:
-        parser.set_defaults(optim=optimizer)
+        forget_loss = parser.parse_args().forget_loss
+        parser.set_defaults(optim=optimizer, **defaults.get(optimizer, {}).get(forget_loss, {}))
     return parser.parse_args_into_dataclasses()
 
 

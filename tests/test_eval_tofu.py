@@ -69,7 +69,7 @@ def model_dir(tmp_path_factory, tokenizer):
 
 
 def test_splits_are_the_datasets_own(dataset, tmp_path):
-    """Catches a forget split that is ignored, a limit that takes other rows, held-out rows made a must or kept twice."""
+    """Catches a forget split that is ignored, a limit that takes other rows, held-out rows kept twice."""
     splits = load_splits(dataset, "forget_small")
     assert {split: len(rows) for split, rows in splits.items()} == dict.fromkeys(
         ("forget", "retain", "held_out", "real_authors", "world_facts"), 6
