@@ -4,8 +4,8 @@ Sweeps optimizers equally over the embedded corpus, and prints what each of them
     python recipes/benchmark.py sweep --output_dir outputs/sweep        # resumes; --shard 0/2 does every second run
     python recipes/benchmark.py table --output_dir outputs/sweep
 
-Each optimizer gets 24 settings for each objective and seed, 60 steps of 8 forget and 8 retain rows with gradients clipped
-at 1, and starts from the same target. A run is a line of `runs-*.jsonl`.
+Each optimizer gets 24 settings for each objective and seed, 60 steps of 8 forget and 8 retain rows with gradients
+clipped at 1, and starts from the same target. A run is a line of `runs-*.jsonl`.
 """
 
 import argparse

@@ -160,8 +160,8 @@ def main() -> None:
 
     before = reference_run("target", target, folder, ask)
     gold = reference_run("gold", gold_name, folder, ask) if gold_name else None
-    if gold:
-        before.summary = tofu.summarise(before.rows, gold.rows)
+    for run in filter(None, [gold and before, gold]):
+        run.summary = tofu.summarise(run.rows, gold.rows)
     runs = []
     for optimizer in [config.optim.value] if given("optim") else OPTIMIZERS:
         args, _, config = parse(optimizer)
