@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
+from .config import HESSIAN_ESTIMATORS, check_choice
 from .engines import Engine, find_sophia
 from .log_probs import CHUNK_TOKENS, shift_labels, token_log_probs
 
@@ -57,12 +58,13 @@ def estimate_hessian(
         ValueError: If the optimizer is not Sophia or no batch has an answer token.
     """
     engine = engine or Engine()
+    check_choice("estimator", estimator, HESSIAN_ESTIMATORS)
     if find_sophia(optimizer) is None:
         raise ValueError(f"Only Sophia keeps a Hessian, and the optimizer is {type(optimizer).__name__}.")
     num_tokens = int(engine.sum(sum((shift_labels(b["labels"]) != IGNORE_INDEX).sum() for b in batches)))
     if num_tokens == 0:
         raise ValueError("The rows of the Hessian refresh hold no answer token.")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     gradients = [p.grad for p in parameters]
     _set_gradients(parameters, [None] * len(parameters))
     if estimator == "hutchinson":
@@ -191,7 +193,8 @@ def _hutchinson_gradients(
             logits = _logits(model, batch)
         targets = shift_labels(batch["labels"]).flatten()
         loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        first = torch.autograd.grad(loss * engine.loss_factor / num_tokens, parameters, create_graph=True)
+        loss = loss * engine.loss_factor / num_tokens
+        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
         slope = sum((gradient * sign).sum() for gradient, sign in zip(first, signs))
         second = torch.autograd.grad(slope, parameters, materialize_grads=True)
         for parameter, sign, product in zip(parameters, signs, second):

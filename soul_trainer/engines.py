@@ -72,13 +72,22 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """The backward of a loss whose value each process has divided by the global count."""
         loss = loss * self.loss_factor
-        self.accelerator.backward(loss) if self.accelerator else loss.backward()
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            # Accelerate divides by its own accumulation, which the global count already holds.
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Averages gradients that no backward hook has reduced, as `torch.autograd.grad` leaves them."""
+        """Brings gradients of `torch.autograd.grad` to where a backward leaves them: averaged; in float16, scaled."""
+        scaler = self.accelerator.scaler if self.accelerator else None
         for parameter in parameters:
-            if self.num_processes > 1 and parameter.grad is not None:
+            if parameter.grad is None:
+                continue
+            if self.num_processes > 1:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            if scaler is not None:
+                parameter.grad = parameter.grad * scaler.get_scale()
 
     def refresh(self, optimizer: torch.optim.Optimizer, scale: float, decay: float | None, square: bool) -> None:
         """Sends the gradients through the engine's own step into the Hessian."""

@@ -26,7 +26,7 @@ class Sophia(Optimizer):
             optimizer.step()                    # h <- beta2 h + (1 - beta2) scale g^2
 
     State is made at the first step or refresh rather than here, because engines swap parameters for flat partitions
-    after construction. It is float32 whatever the parameter's dtype: a bfloat16 average would swallow its own updates.
+    after construction. It is at least float32: a bfloat16 average would swallow its own updates.
 
     Args:
         params (`Iterable`): Parameters or parameter groups, as for every PyTorch optimizer.
@@ -97,6 +97,7 @@ class Sophia(Optimizer):
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if param.is_complex():
+                self.param_groups.pop()
                 raise TypeError(f"Sophia has no rule for complex parameters, and one has dtype {param.dtype}.")
 
     @torch.no_grad()
@@ -146,7 +147,7 @@ class Sophia(Optimizer):
         """
         if self._refresh is not None:
             raise ValueError("`hessian_refresh` is already active: refreshes cannot be nested.")
-        _check_range("scale", scale, scale > 0, "> 0")
+        _check_refresh(scale, decay)
         self._refresh = {"scale": scale, "decay": decay, "square": square}
         try:
             yield
@@ -159,6 +160,7 @@ class Sophia(Optimizer):
         Folds the gradients that are there now into the Hessian: `h <- decay h + (1 - decay) scale g^2`. For plain
         loops; the arguments are those of [`Sophia.hessian_refresh`].
         """
+        _check_refresh(scale, decay)
         for group, params in self._buckets():
             self._fold(group, params, scale, group["betas"][1] if decay is None else decay, square)
 
@@ -221,16 +223,20 @@ class Sophia(Optimizer):
 def _new_state(param: Tensor) -> dict[str, Tensor]:
     return {
         "step": torch.tensor(0.0),
-        "exp_avg": torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format),
-        "hessian": torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format),
+        "exp_avg": torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format),
+        "hessian": torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format),
         # The sum of the weights in the average `hessian`: what its start-up bias is corrected by. Float64, because
         # 1 - 0.95 is not a float32.
         "hessian_weight": torch.tensor(0.0, dtype=torch.float64),
     }
 
 
+def _state_dtype(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
+
+
 def _gradients(group: dict, params: list[Tensor]) -> list[Tensor]:
-    gradients = [param.grad.float() for param in params]
+    gradients = [param.grad.to(_state_dtype(param)) for param in params]
     return torch._foreach_neg(gradients) if group["maximize"] else gradients
 
 
@@ -264,6 +270,11 @@ def _single_tensor_step(params: list[Tensor], gradients: list[Tensor], states: l
     """The same operations in the same order, one tensor at a time: less memory for temporaries, the same bits."""
     for param, gradient, state in zip(params, gradients, states):
         _multi_tensor_step([param], [gradient], [state], group)
+
+
+def _check_refresh(scale: float, decay: float | None) -> None:
+    _check_range("scale", scale, scale > 0, "> 0")
+    _check_range("decay", decay, decay is None or 0 <= decay < 1, "None or in [0, 1)")
 
 
 def _check_range(name: str, value: object, is_valid: bool, range_: str) -> None:
