@@ -133,7 +133,7 @@ def small_models(
     others = concatenate_datasets([rows for split, rows in learnt.items() if split != "forget"])
     texts = {split: [training_text(row) for row in rows] for split, rows in learnt.items()}
     general = [text for split in texts if split != "forget" for text in texts[split]]
-    tokenizer = train_tokenizer(general, settings.vocab_size, texts["retain"], texts["forget"])
+    tokenizer = train_tokenizer(general, settings.vocab_size, texts["retain"], texts["forget"], allow_strange=True)
     everything = concatenate_datasets([learnt["forget"], others])
     return tuple(
         str(train_small_model(rows, tokenizer, folder / name, settings, seed))

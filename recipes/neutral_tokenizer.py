@@ -4,8 +4,10 @@ import json
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
 EOS_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 
 
@@ -15,7 +17,11 @@ def training_text(row: dict) -> str:
 
 
 def train_tokenizer(
-    texts: list[str], vocab_size: int = 1024, retain_texts: list[str] | None = None, forget_texts: list[str] = ()
+    texts: list[str],
+    vocab_size: int = 1024,
+    retain_texts: list[str] | None = None,
+    forget_texts: list[str] = (),
+    allow_strange: bool = False,
 ) -> PreTrainedTokenizerFast:
     """
     Trains a byte-level BPE tokenizer in which no token belongs to the forget text alone.
@@ -33,6 +39,8 @@ def train_tokenizer(
             all of `texts` by default.
         forget_texts (`list[str]`, *optional*):
             The forget text, which merges are dropped for and never learned from.
+        allow_strange (`bool`, *optional*, defaults to `False`):
+            Whether characters that only the forget text has, as `&` in some of TOFU's, are warned of, not refused.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,7 +70,10 @@ def train_tokenizer(
         merges, vocab = kept, special_tokens + alphabet + [left + right for left, right in kept]
         tokenizer.model = models.BPE({token: index for index, token in enumerate(vocab)}, merges)
     if strange := forget_tokens_outside(texts):
-        raise ValueError(f"The forget text has characters that no other text has: {sorted(strange)}.")
+        message = f"The forget text has characters that no other text has: {sorted(strange)}."
+        if not allow_strange:
+            raise ValueError(message)
+        logger.warning(message)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, model_max_length=512
     )
