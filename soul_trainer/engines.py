@@ -87,7 +87,7 @@ class Engine:
             if self.num_processes > 1:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             if scaler is not None:
-                parameter.grad = parameter.grad * scaler.get_scale()
+                parameter.grad = scaler.scale(parameter.grad)  # not get_scale(): the scale is made here if need be
 
     def refresh(self, optimizer: torch.optim.Optimizer, scale: float, decay: float | None, square: bool) -> None:
         """Sends the gradients through the engine's own step into the Hessian."""
