@@ -28,7 +28,8 @@ h2 { font-size: 1.25rem; margin: 2.75rem 0 0.9rem; }
 p { max-width: 46rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
-th, td { padding: 0.55rem 0.75rem; text-align: right; white-space: nowrap; }
+th, td { padding: 0.55rem 0.6rem; text-align: right; }
+td, th[scope=row] { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; line-height: 1.25; }
 tbody tr { border-top: 1px solid var(--line); }
 th[scope=row] { text-align: left; color: var(--ink); }
@@ -91,7 +92,8 @@ def html_page(
 
 def _table(runs: list[Run], best: dict[str, set[str]]) -> str:
     columns = shown_columns(runs)
-    head = "".join(f'<th scope="col" title="{escape(c.reading)}">{escape(c.title)}</th>' for c in columns)
+    titles = [escape(c.title).replace(" ↑", "&nbsp;↑").replace(" ↓", "&nbsp;↓") for c in columns]
+    head = "".join(f'<th scope="col" title="{escape(c.reading)}">{t}</th>' for c, t in zip(columns, titles))
     rows = []
     for run in runs:
         cells = [f'<th scope="row">{escape(run.name)}</th>']

@@ -1,15 +1,24 @@
-"""Which retain row goes with which forget row: a pure function of (seed, epoch, index), so that a run can resume."""
+"""
+Which retain row goes with which forget row, and which answer takes the place of its own: pure functions of
+(seed, epoch, index), so that a run can resume.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset as RowDataset
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .formats import Example, encode
+from .objectives import REFUSALS, Objective
+
+
+logger = logging.get_logger(__name__)
 
 
 def paired_row(seed: int, epoch: int, index: int, num_forget: int, num_retain: int) -> int:
@@ -97,3 +106,43 @@ class PairedDataset(Dataset):
         answer = self.answers[np.random.default_rng((self.seed, epoch, index)).integers(len(self.answers))]
         example = Example(**{name: row[name] for name in Example._fields}).with_content(answer)
         return {**row, **encode(self.tokenizer, example, self.max_length)}
+
+
+def substitute_answers(
+    objective: Objective | None, refusal_answers: str | None, retain: RowDataset
+) -> Sequence[str] | None:
+    """
+    The answers that a forget loss puts in the place of the rows' own.
+
+    Args:
+        objective ([`~objectives.Objective`], *optional*): The forget loss.
+        refusal_answers (`str`, *optional*): A file with a refusal in each line; by default `REFUSALS`.
+        retain ([`~datasets.Dataset`]): From [`~formats.prepare`]; the answers of `"random"` are its rows'.
+
+    Returns:
+        `Sequence[str]`: Or `None` if the rows keep their own.
+
+    Raises:
+        ValueError: If the file or the rows hold no text.
+    """
+    if objective is None or objective.answers == "own":
+        return None
+    if objective.answers == "random":
+        if "content" not in retain.column_names:
+            raise ValueError("forget_loss='random' draws answers from `retain_dataset`, which must hold text rows.")
+        return retain["content"][:]
+    if refusal_answers is None:
+        return REFUSALS
+    lines = [line.strip() for line in Path(refusal_answers).read_text(encoding="utf-8").splitlines()]
+    refusals = [line for line in lines if line]
+    if not refusals:
+        raise ValueError(f"`refusal_answers`={refusal_answers!r} holds no line of text.")
+    return refusals
+
+
+def warn_of_common_rows(forget: RowDataset, retain: RowDataset) -> None:
+    """Warns, with their number, of forget rows that are retain rows too."""
+    kept = {tuple(ids) for ids in retain["input_ids"]}
+    num_common = sum(tuple(ids) in kept for ids in forget["input_ids"])
+    if num_common:
+        logger.warning(f"{num_common} rows of `forget_dataset` are rows of `retain_dataset` too: they pull both ways.")

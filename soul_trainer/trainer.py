@@ -2,14 +2,12 @@
 
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
 from .callbacks import HessianCallback, InterruptCallback, PairingCallback
@@ -18,13 +16,10 @@ from .config import SOPHIA_NAMES, UnlearnConfig
 from .engines import Engine, save_checkpoint
 from .formats import prepare
 from .log_probs import shift_labels
-from .objectives import FORGET_LOSSES, REFUSALS, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES, Objective, l1_norm, split
-from .pairing import PairedDataset
+from .objectives import FORGET_LOSSES, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES, l1_norm, split
+from .pairing import PairedDataset, substitute_answers, warn_of_common_rows
 from .records import add_to_model_card, check_unfinished, record_run
 from .reference import Reference, add_reference_log_prob
-
-
-logger = logging.get_logger(__name__)
 
 
 class UnlearnTrainer(Trainer):
@@ -76,7 +71,7 @@ class UnlearnTrainer(Trainer):
             return prepare(dataset, processing_class, max_length, args.prompt_template, name)
 
         forget, retain = tokenize(forget_dataset, "forget_dataset"), tokenize(retain_dataset, "retain_dataset")
-        _warn_of_common_rows(forget, retain)
+        warn_of_common_rows(forget, retain)
         if eval_dataset is None:
             eval_dataset = {"forget": forget, "retain": retain}
         elif isinstance(eval_dataset, dict):
@@ -94,7 +89,7 @@ class UnlearnTrainer(Trainer):
                 forget,
                 retain,
                 seed=args.data_seed if args.data_seed is not None else args.seed,
-                answers=_substitute_answers(self.forget_objective, args, retain),
+                answers=substitute_answers(self.forget_objective, args.refusal_answers, retain),
                 tokenizer=processing_class,
                 max_length=max_length,
                 with_forget=self.forget_objective is not None,
@@ -245,25 +240,3 @@ def _checked_max_length(max_length: int | None, model: PreTrainedModel, tokenize
     if max_length is not None and max_length > longest:
         raise ValueError(f"`max_length`={max_length} is over the model's {longest} positions: lower it.")
     return max_length or longest
-
-
-def _substitute_answers(objective: Objective | None, args: UnlearnConfig, retain: Dataset) -> list[str] | None:
-    if objective is None or objective.answers == "own":
-        return None
-    if objective.answers == "random":
-        if "content" not in retain.column_names:
-            raise ValueError("forget_loss='random' draws answers from `retain_dataset`, which must hold text rows.")
-        return retain["content"][:]
-    if args.refusal_answers is None:
-        return list(REFUSALS)
-    refusals = [line.strip() for line in Path(args.refusal_answers).read_text(encoding="utf-8").splitlines()]
-    if not any(refusals):
-        raise ValueError(f"`refusal_answers`={args.refusal_answers!r} holds no line of text.")
-    return [refusal for refusal in refusals if refusal]
-
-
-def _warn_of_common_rows(forget: Dataset, retain: Dataset) -> None:
-    kept = {tuple(ids) for ids in retain["input_ids"]}
-    num_common = sum(tuple(ids) in kept for ids in forget["input_ids"])
-    if num_common:
-        logger.warning(f"{num_common} rows of `forget_dataset` are rows of `retain_dataset` too: they pull both ways.")

@@ -1,0 +1,120 @@
+"""Unlearning runs from one target, side by side: each is made, or found done, and read from its files."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer.records import run_settings
+
+from . import report
+from .rows import make_header, read_rows, write_rows
+from .trajectory import TRAJECTORY_FILE, TrajectoryCallback
+
+
+class Comparison:
+    """
+    The target, the gold model, and what optimizers make of the target.
+
+    Args:
+        folder (`Path`): Where rows and the report go.
+        target (`str`): Hub id or folder of the model that must forget.
+        gold (`str`, *optional*): That of the model that never learnt it.
+        evaluate (`Callable`): `(model) -> rows`, as those of [`~rows.write_rows`].
+        summarise (`Callable`): `(rows, gold rows or None) -> figures`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        target: str,
+        gold: str | None,
+        evaluate: Callable[[PreTrainedModel], list[dict]],
+        summarise: Callable[[list[dict], list[dict] | None], dict[str, float]],
+    ):
+        self.folder, self.target = folder, target
+        self.evaluate, self.summarise = evaluate, summarise
+        rows = {role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name}
+        self.gold_rows = rows.get("gold")
+        self.references = {
+            role: report.Run(role, summarise(rows[role], self.gold_rows), rows[role], role=role) for role in rows
+        }
+        self.runs: list[report.Run] = []
+
+    def unlearn(
+        self,
+        name: str,
+        config: UnlearnConfig,
+        make_trainer: Callable[[], UnlearnTrainer],
+        num_evaluations: int,
+    ) -> report.Run:
+        """
+        Adds a run, unless one with the same settings is in its folder, and its figures to its model card.
+
+        Args:
+            name (`str`): What the report calls it.
+            config ([`UnlearnConfig`]): The trainer's.
+            make_trainer (`Callable`): Makes the trainer, if it is needed.
+            num_evaluations (`int`): Evaluations after the start, for the curves.
+        """
+        folder, identity = Path(config.output_dir), {"target": self.target, **run_settings(config)}
+        rows_file = folder / "rows.jsonl"
+        if not rows_file.exists() or read_rows(rows_file)[0]["settings"] != identity or config.overwrite:
+            self._train(make_trainer(), rows_file, identity, num_evaluations)
+        self.runs.append(self._read(folder, name))
+        if PartialState().is_main_process:
+            section = report.model_card_section(self.runs[-1], self.references["target"], self.references.get("gold"))
+            report.add_to_model_card(folder / "README.md", section)
+        return self.runs[-1]
+
+    def write_report(self, title: str) -> None:
+        """Writes the report into the folder and prints its table."""
+        if not PartialState().is_main_process:
+            return
+        gold = [self.references["gold"]] if "gold" in self.references else []
+        everyone = [self.references["target"], *self.runs, *gold]
+        report.write_report(self.folder, title, everyone)
+        print(
+            f"\n{report.table(everyone)}\n\n{self.folder / 'report.html'} explains the figures and shows the curves."
+        )
+
+    def _reference_rows(self, role: str, model_name: str) -> list[dict]:
+        path = self.folder / f"{role}-{Path(model_name).name.removeprefix(f'{role}-')}.rows.jsonl"
+        with PartialState().main_process_first():
+            if not path.exists():
+                model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
+                write_rows(path, self.evaluate(model), make_header(model_name, {}, seed=0))
+        return read_rows(path)[1]
+
+    def _train(self, trainer: UnlearnTrainer, rows_file: Path, identity: dict, num_evaluations: int) -> None:
+        args, rows = trainer.args, []
+
+        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+            rows[:] = self.evaluate(model)
+            return self.summarise(rows, self.gold_rows)
+
+        num_batches = args.num_train_epochs * len(trainer.get_train_dataloader())
+        num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
+        curve = TrajectoryCallback(evaluate, max(1, math.ceil(num_steps / num_evaluations)))
+        trainer.add_callback(curve)
+        output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            seconds = (output.metrics["train_runtime"] - curve.seconds) / max(trainer.state.global_step, 1)
+            header = make_header(str(rows_file.parent), identity, args.seed)
+            write_rows(rows_file, rows, {**header, "seconds_per_step": seconds})
+        trainer.accelerator.wait_for_everyone()
+
+    def _read(self, folder: Path, name: str) -> report.Run:
+        header, rows = read_rows(folder / "rows.jsonl")
+        lines = (folder / TRAJECTORY_FILE).read_text(encoding="utf-8").splitlines()
+        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        settings = {**header["settings"], "seconds_per_step": header["seconds_per_step"]}
+        figures = self.summarise(rows, self.gold_rows)
+        return report.Run(name, figures, rows, [json.loads(line) for line in lines], history, settings)
