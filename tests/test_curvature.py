@@ -10,23 +10,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from toys import VOCABULARY, ToyLM, tiny_llama, toy_batch, toy_rows
-from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from toys import ToyLM, answers_of, tiny_llama, toy_batches
 
-from soul_trainer import Sophia, curvature, estimate_hessian
+from soul_trainer import Sophia, estimate_hessian
 from soul_trainer.batch import IGNORE_INDEX
-from soul_trainer.curvature import answer_uniforms, sample_labels, update_shares
 from soul_trainer.engines import Engine
-from soul_trainer.log_probs import shift_labels
 
 
 ESTIMATORS = ("gauss_newton_bartlett", "empirical_fisher", "hutchinson")
@@ -37,17 +25,6 @@ STANDARD_ERRORS = 5.0
 ROUNDING = 1e-5
 # Another split adds up the same float32 terms in another order.
 SPLIT_TOLERANCE = 1e-6
-
-
-def toy_batches(sizes=(4,), num_forget=0):
-    """Rows of [`toy_rows`] in batches of these sizes, the first `num_forget` of them to forget."""
-    rows = toy_rows(sum(sizes))
-    batches, start = [], 0
-    for size in sizes:
-        middle, end = min(max(num_forget, start), start + size), start + size
-        batches.append(toy_batch(rows[start:middle], rows[middle:end]))
-        start = end
-    return batches
 
 
 def hessian_of(model, batches, estimator, optimizer=None, **arguments):
@@ -69,12 +46,6 @@ def assert_unbiased(draws, exact):
         bound = STANDARD_ERRORS * found.std(0) / math.sqrt(len(found)) + ROUNDING * exact.abs().max()
         excess = (found.mean(0) - wanted).abs() / bound
         assert excess.max() <= 1, f"{excess.max() * STANDARD_ERRORS:.1f} standard errors at {int(excess.argmax())}"
-
-
-def answers_of(batch):
-    """Triples of row, position whose logits count, and label."""
-    places = (batch["labels"] != IGNORE_INDEX).nonzero().tolist()
-    return [(row, place - 1, int(batch["labels"][row, place])) for row, place in places]
 
 
 def squared_gradient(scalar, model):
@@ -303,162 +274,3 @@ def test_an_unknown_estimator_is_refused_by_name_and_costs_no_gradient():
     with pytest.raises(ValueError, match="gauss_newton_bartlett, empirical_fisher, hutchinson"):
         estimate_hessian(model, Sophia(model.parameters()), toy_batches(), "fisher")
     assert model.embed.grad is not None
-
-
-def draw_labels(logits, uniforms):
-    """Labels of a single row of logits, one for each uniform number."""
-    targets = torch.zeros(1, len(uniforms), dtype=torch.long)
-    return sample_labels(logits.expand(1, len(uniforms), -1), targets, uniforms[None])[0]
-
-
-@pytest.mark.parametrize("chunk_tokens", [997, 1024])
-def test_sampled_labels_follow_the_softmax(monkeypatch, chunk_tokens):
-    """Catches a distribution that is shifted by one label, sharpened, or cut at the border of a chunk."""
-    monkeypatch.setattr(curvature, "CHUNK_TOKENS", chunk_tokens)
-    logits = torch.tensor([0.3, -2.0, 1.5, -math.inf, 0.0, 2.5, -1.0])
-    num_draws = 20_000
-    uniforms = torch.from_numpy(np.random.default_rng(0).random(num_draws, dtype=np.float32))
-    counts = draw_labels(logits, uniforms).bincount(minlength=len(logits)).double()
-    wanted = logits.double().softmax(0) * num_draws
-    assert counts[3] == 0
-    possible = wanted > 0
-    chi_square = float(((counts - wanted)[possible] ** 2 / wanted[possible]).sum())
-    degrees = int(possible.sum()) - 1
-    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
-
-
-def test_labels_of_half_precision_logits_are_sampled_in_float32():
-    """Catches a softmax or a running sum in bfloat16, which is off by whole labels."""
-    random = torch.Generator().manual_seed(0)
-    logits, uniforms = torch.randn(500, generator=random).bfloat16(), torch.rand(2000, generator=random)
-    assert torch.equal(draw_labels(logits, uniforms), draw_labels(logits.float(), uniforms))
-
-
-def test_rare_labels_together_are_drawn_as_often_as_they_should():
-    """Catches a running sum that swallows small probabilities: on a memorised model they are all the curvature."""
-    logits = torch.zeros(50_000)
-    logits[100] = math.log(50_000 * 999)  # all others together: one in a thousand, each 2e-8
-    uniforms = 1 - torch.linspace(2e-3, 0, 401)[:-1]
-    labels = draw_labels(logits, uniforms)
-    assert abs(int((labels > 100).sum()) - 200) <= 1
-    wanted = 50_000 * (1 - (1 - uniforms[labels > 100]) / 1e-3)
-    assert (labels[labels > 100] - wanted).abs().max() < 50  # a float32 near 1 steps by six of these labels
-
-
-@pytest.mark.parametrize("largest", [1 - 2**-24, 1 - 2**-23])
-def test_a_label_of_no_probability_is_never_drawn(largest):
-    """Catches the first label at a uniform of 0, and the last or one past it at a uniform that rounds to 1."""
-    generator = torch.Generator().manual_seed(0)
-    uniforms = torch.tensor([0.0, 2**-24, 0.25, 0.5, 0.75, largest])
-    for _ in range(300):
-        logits = 3 * torch.randn(40, generator=generator)
-        logits[torch.rand(40, generator=generator) < 0.5] = -math.inf
-        logits[[0, 17, 38, 39]] = torch.tensor([-math.inf, 0.0, -math.inf, -math.inf])
-        labels = draw_labels(logits, uniforms)
-        assert logits[labels].isfinite().all()
-        assert labels[0] == logits.isfinite().nonzero()[0]
-    certain = torch.full((5,), -math.inf)
-    certain[2] = 0.0
-    assert (draw_labels(certain, uniforms) == 2).all()
-
-
-def test_labels_are_sampled_at_answers_only():
-    """Catches prompt or padding positions that get a label, or answers that keep the true one."""
-    (batch,) = toy_batches()
-    targets = shift_labels(batch["labels"])
-    logits = torch.full((*targets.shape, VOCABULARY), -math.inf)
-    logits[..., 4] = 0.0
-    sampled = sample_labels(logits, targets, torch.rand(targets.shape, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(sampled, torch.where(targets == IGNORE_INDEX, IGNORE_INDEX, 4))
-    assert (targets != 4).any(), "the true labels must not have been touched"
-
-
-def test_uniforms_belong_to_the_row_and_the_place_in_its_answer():
-    """Catches draws that follow padding, the place in the batch, or that forget and retain rows share."""
-    rows = toy_rows(6)
-    (whole,) = toy_batches((6,))
-    longest = max(rows, key=lambda row: len(row["input_ids"]))
-    short = min(rows, key=lambda row: len(row["input_ids"]))
-    alone, padded, as_forget = toy_batch([], [short]), toy_batch([], [longest, short]), toy_batch([short], [])
-
-    def answer(batch, place):
-        return answer_uniforms(batch, 1, 2)[place][shift_labels(batch["labels"])[place] != IGNORE_INDEX]
-
-    assert torch.equal(answer(alone, 0), answer(padded, 1))
-    assert torch.equal(answer(alone, 0), answer(whole, short["row"]))
-    assert not torch.equal(answer(alone, 0), answer(as_forget, 0))
-    drawn = torch.cat([answer(whole, place) for place in range(6)])
-    assert len(set(drawn.tolist())) == len(drawn) == len(answers_of(whole))
-    assert (drawn >= 0).all() and (drawn < 1).all()
-
-
-def llama():
-    model = tiny_llama(num_hidden_layers=2, vocab_size=11, hidden_size=8, intermediate_size=12)
-    return model, {"embeddings": 88, "head": 88, "attention": 2 * 4 * 64, "mlp": 2 * 3 * 96, "other": 5 * 8}
-
-
-def gpt2():
-    config = GPT2Config(
-        vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2, n_inner=12, bos_token_id=1, eos_token_id=2
-    )
-    blocks = {"attention": 2 * (8 * 24 + 24 + 64 + 8), "mlp": 2 * (96 + 12 + 96 + 8)}
-    return GPT2LMHeadModel(config), {"embeddings": (11 + 16) * 8, "head": 0, **blocks, "other": 5 * 16}
-
-
-def opt():
-    config = OPTConfig(
-        vocab_size=11,
-        hidden_size=8,
-        word_embed_proj_dim=8,
-        ffn_dim=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-    )
-    blocks = {"attention": 2 * 4 * (64 + 8), "mlp": 2 * (96 + 12 + 96 + 8)}
-    return OPTForCausalLM(config), {"embeddings": (11 + 16 + 2) * 8, "head": 88, **blocks, "other": 5 * 16}
-
-
-def gpt_neox():
-    config = GPTNeoXConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
-    )
-    blocks = {"attention": 2 * (8 * 24 + 24 + 64 + 8), "mlp": 2 * (96 + 12 + 96 + 8)}
-    return GPTNeoXForCausalLM(config), {"embeddings": 88, "head": 88, **blocks, "other": 5 * 16}
-
-
-def falcon():
-    config = FalconConfig(
-        vocab_size=11,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_kv_heads=2,
-        new_decoder_architecture=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    blocks = {"attention": 2 * (8 * 24 + 64), "mlp": 2 * 2 * 8 * 32}
-    return FalconForCausalLM(config), {"embeddings": 88, "head": 0, **blocks, "other": 5 * 16}
-
-
-@pytest.mark.parametrize("make_model", [llama, gpt2, opt, gpt_neox, falcon])
-def test_update_shares_count_each_part_of_the_model(make_model):
-    """Catches a norm that counts as attention, a head as embeddings, a family whose names are not known."""
-    model, sizes = make_model()
-    shares = update_shares(list(model.named_parameters()), lambda p: float(p.numel()))
-    largest = max(p.numel() for p in model.parameters())
-    total = sum(sizes.values())
-    assert shares.pop("largest_tensor") == pytest.approx(largest / total)
-    assert shares == pytest.approx({part: size / total for part, size in sizes.items()})
-    assert sum(shares.values()) == pytest.approx(1.0)
-
-
-def test_update_shares_weigh_the_squares():
-    """Catches shares of parameters instead of shares of the squared update, and a division by zero before any."""
-    named = list(ToyLM().named_parameters())
-    squares = {named[0][1]: 3.0, named[1][1]: 1.0}
-    shares = update_shares(named, squares.__getitem__)
-    assert (shares["embeddings"], shares["head"], shares["largest_tensor"]) == (0.75, 0.25, 0.75)
-    assert set(update_shares(named, lambda p: 0.0).values()) == {0.0}

@@ -77,3 +77,20 @@ def toy_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=64
     )
+
+
+def toy_batches(sizes=(4,), num_forget=0):
+    """Rows of [`toy_rows`] in batches of these sizes, the first `num_forget` of them to forget."""
+    rows = toy_rows(sum(sizes))
+    batches, start = [], 0
+    for size in sizes:
+        middle, end = min(max(num_forget, start), start + size), start + size
+        batches.append(toy_batch(rows[start:middle], rows[middle:end]))
+        start = end
+    return batches
+
+
+def answers_of(batch):
+    """Triples of row, position whose logits count, and label."""
+    places = (batch["labels"] != IGNORE_INDEX).nonzero().tolist()
+    return [(row, place - 1, int(batch["labels"][row, place])) for row, place in places]
