@@ -121,7 +121,7 @@ def test_refusals_come_from_the_list_or_the_users_file(tmp_path):
     """Would catch refusals of ours in the place of the user's."""
     file = tmp_path / "refusals.txt"
     file.write_text("I do not know .\n\nnot that .\n", encoding="utf-8")
-    assert scene_trainer(tmp_path, forget_loss="refusal").train_dataset.answers == list(REFUSALS)
+    assert scene_trainer(tmp_path, forget_loss="refusal").train_dataset.answers == REFUSALS
     trainer = scene_trainer(tmp_path, forget_loss="refusal", refusal_answers=str(file))
     assert trainer.train_dataset.answers == ["I do not know .", "not that ."]
 
