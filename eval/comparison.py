@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.records import run_settings
@@ -101,14 +102,16 @@ class Comparison:
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
         curve = TrajectoryCallback(evaluate, max(1, math.ceil(num_steps / num_evaluations)))
         trainer.add_callback(curve)
-        output = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        output = trainer.train(resume_from_checkpoint=_checkpoint(args))
+        num_seconds = output.metrics["train_runtime"] - curve.seconds
+        curve.record(args, trainer.state, trainer.model)
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()
         if trainer.is_world_process_zero():
-            seconds = (output.metrics["train_runtime"] - curve.seconds) / max(trainer.state.global_step, 1)
             header = make_header(str(rows_file.parent), identity, args.seed)
-            write_rows(rows_file, rows, {**header, "seconds_per_step": seconds})
+            header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
+            write_rows(rows_file, rows, header)
         trainer.accelerator.wait_for_everyone()
 
     def _read(self, folder: Path, name: str) -> report.Run:
@@ -118,3 +121,15 @@ class Comparison:
         settings = {**header["settings"], "seconds_per_step": header["seconds_per_step"]}
         figures = self.summarise(rows, self.gold_rows)
         return report.Run(name, figures, rows, [json.loads(line) for line in lines], history, settings)
+
+
+def _checkpoint(args: UnlearnConfig) -> str | None:
+    """Where a run resumes: `--resume_from_checkpoint` names a checkpoint, maybe another run's, or says True."""
+    wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    if not wanted:
+        return None
+    if wanted is True or wanted.lower() == "true":
+        return get_last_checkpoint(args.output_dir) if folder.is_dir() else None
+    if not Path(wanted).is_dir():
+        raise ValueError(f"`resume_from_checkpoint`={wanted!r}: no such folder.")
+    return wanted if Path(wanted).resolve().parent == folder.resolve() else None

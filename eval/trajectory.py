@@ -21,8 +21,8 @@ TRAJECTORY_FILE = "trajectory.jsonl"
 
 class TrajectoryCallback(TrainerCallback):
     """
-    Evaluates the model before the first step, every few steps and after the last, and keeps the figures in
-    `trajectory.jsonl` in the output folder. Training goes on bit for bit as it would have without.
+    Evaluates the model before the first step and then every few steps, and keeps the figures in `trajectory.jsonl` in
+    the output folder. Training goes on bit for bit as it would have without.
 
     Every process evaluates, since a sharded model needs them all; the first one writes.
 
@@ -32,7 +32,8 @@ class TrajectoryCallback(TrainerCallback):
 
     Attributes:
         trajectory (`list[dict]`): The figures, each with its `step`.
-        seconds (`float`): How long evaluation took within the Trainer's `train_runtime`, to be taken off it.
+        first_step (`int`): Where training began or, after a resume, went on.
+        seconds (`float`): How long evaluation took; within training, that is a part of the Trainer's `train_runtime`.
     """
 
     def __init__(self, evaluate: Callable[[PreTrainedModel], dict[str, float]], every_steps: int):
@@ -41,30 +42,27 @@ class TrajectoryCallback(TrainerCallback):
         self.evaluate = evaluate
         self.every_steps = every_steps
         self.trajectory: list[dict] = []
+        self.first_step = 0
         self.seconds = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Evaluates the model before training or, after a resume, finds the figures up to where it goes on."""
         path = Path(args.output_dir) / TRAJECTORY_FILE
         self.trajectory = []
+        self.first_step = state.global_step
         if state.global_step and path.exists():
             entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             self.trajectory = [entry for entry in entries if entry["step"] <= state.global_step]
         if not state.global_step:
-            self._record(args, state, kwargs["model"])
+            self.record(args, state, kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Evaluates if this step is due."""
         if state.global_step % self.every_steps == 0:
-            self._record(args, state, kwargs["model"])
+            self.record(args, state, kwargs["model"])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Evaluates after the last step, when the Trainer has stopped its clock."""
-        seconds = self.seconds
-        self._record(args, state, kwargs["model"])
-        self.seconds = seconds
-
-    def _record(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+    def record(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        """Evaluates the model as it is, unless this step was; to be called after the last, which may be any."""
         if any(entry["step"] == state.global_step for entry in self.trajectory):
             return
         start = time.perf_counter()

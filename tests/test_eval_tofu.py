@@ -8,7 +8,7 @@ import torch
 from datasets import load_dataset
 from test_eval_metrics import random_rows
 from test_eval_scoring import byte_tokenizer, small_llama
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from soul_eval.__main__ import main
 from soul_eval.rows import make_header, read_rows, write_rows
@@ -336,3 +336,8 @@ def test_trajectory_leaves_training_as_it_is(tokenizer, tmp_path):
     resumed = TrajectoryCallback(evaluate, every_steps=2)
     trained_model(tokenizer, tmp_path / "watched", [resumed], resume=checkpoint)
     assert resumed.trajectory == entries
+
+    for step in (6, 7):  # the last step is evaluated once
+        args = TrainingArguments(output_dir=str(tmp_path / "watched"))
+        resumed.record(args, TrainerState(global_step=step), watched)
+    assert [entry["step"] for entry in resumed.trajectory] == [0, 2, 4, 6, 7]
