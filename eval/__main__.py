@@ -43,8 +43,8 @@ def run_summarise(args: argparse.Namespace) -> None:
 def run_tofu(args: argparse.Namespace) -> None:
     """Evaluates a model, writes `rows.jsonl` and `summary.json`, and prints the figures."""
     output = Path(args.output)
-    if (output / "summary.json").exists() and not args.overwrite:
-        raise ValueError(f"--output {output} holds finished results: add --overwrite, or choose another folder.")
+    if any((output / name).exists() for name in ("rows.jsonl", "summary.json")) and not args.overwrite:
+        raise ValueError(f"--output {output} holds results: add --overwrite, or choose another folder.")
     splits = tofu.load_splits(args.dataset, args.forget_split, args.limit, args.held_out_rows)
     reference = read_rows(args.reference)[1] if args.reference else None
     if reference:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
@@ -27,6 +28,10 @@ class Comparison:
         gold (`str`, *optional*): That of the model that never learnt it.
         evaluate (`Callable`): `(model) -> rows`, as those of [`~rows.write_rows`].
         summarise (`Callable`): `(rows, gold rows or None) -> figures`.
+        settings (`dict`):
+            What rows depend on besides the model and its training: data, lengths. Results that are there already are
+            used again only if these are the same.
+        config ([`UnlearnConfig`]): Its precision is that of every evaluation; its `overwrite` replaces results.
     """
 
     def __init__(
@@ -36,8 +41,10 @@ class Comparison:
         gold: str | None,
         evaluate: Callable[[PreTrainedModel], list[dict]],
         summarise: Callable[[list[dict], list[dict] | None], dict[str, float]],
+        settings: dict,
+        config: UnlearnConfig,
     ):
-        self.folder, self.target = folder, target
+        self.folder, self.target, self.settings, self.config = folder, target, settings, config
         self.evaluate, self.summarise = evaluate, summarise
         rows = {role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name}
         self.gold_rows = rows.get("gold")
@@ -54,18 +61,26 @@ class Comparison:
         num_evaluations: int,
     ) -> report.Run:
         """
-        Adds a run, unless one with the same settings is in its folder, and its figures to its model card.
+        Adds a run, which is made unless its folder holds it, and puts its figures into its model card.
 
         Args:
             name (`str`): What the report calls it.
             config ([`UnlearnConfig`]): The trainer's.
             make_trainer (`Callable`): Makes the trainer, if it is needed.
             num_evaluations (`int`): Evaluations after the start, for the curves.
+
+        Raises:
+            ValueError: If the folder holds a finished run with other settings, and `overwrite` is not set.
         """
-        folder, identity = Path(config.output_dir), {"target": self.target, **run_settings(config)}
+        folder, identity = Path(config.output_dir), {"target": self.target, **self.settings, **run_settings(config)}
         rows_file = folder / "rows.jsonl"
-        if not rows_file.exists() or read_rows(rows_file)[0]["settings"] != identity or config.overwrite:
+        if config.overwrite or not rows_file.exists():
             self._train(make_trainer(), rows_file, identity, num_evaluations)
+        elif read_rows(rows_file)[0].get("settings") != identity:
+            raise ValueError(
+                f"{folder} holds a finished run with other settings or data: add --overwrite to replace it, or choose "
+                "another --output_dir."
+            )
         self.runs.append(self._read(folder, name))
         if PartialState().is_main_process:
             section = report.model_card_section(self.runs[-1], self.references["target"], self.references.get("gold"))
@@ -84,15 +99,22 @@ class Comparison:
         )
 
     def _reference_rows(self, role: str, model_name: str) -> list[dict]:
-        path = self.folder / f"{role}-{Path(model_name).name.removeprefix(f'{role}-')}.rows.jsonl"
+        path = self.folder / f"{role}.rows.jsonl"
         with PartialState().main_process_first():
-            if not path.exists():
+            header = read_rows(path)[0] if path.exists() and not self.config.overwrite else {}
+            if (header.get("model"), header.get("settings")) != (model_name, self.settings):
                 model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
-                write_rows(path, self.evaluate(model), make_header(model_name, {}, seed=0))
+                # As the Trainer runs the unlearned ones, so that rounding is no difference between them.
+                dtype = torch.bfloat16 if self.config.bf16 else torch.float16
+                with torch.autocast(model.device.type, dtype, enabled=self.config.bf16 or self.config.fp16):
+                    rows = self.evaluate(model)
+                write_rows(path, rows, make_header(model_name, self.settings, seed=0))
         return read_rows(path)[1]
 
     def _train(self, trainer: UnlearnTrainer, rows_file: Path, identity: dict, num_evaluations: int) -> None:
         args, rows = trainer.args, []
+        if trainer.is_world_process_zero():
+            rows_file.unlink(missing_ok=True)
 
         def evaluate(model: PreTrainedModel) -> dict[str, float]:
             rows[:] = self.evaluate(model)
@@ -105,9 +127,11 @@ class Comparison:
         output = trainer.train(resume_from_checkpoint=_checkpoint(args))
         num_seconds = output.metrics["train_runtime"] - curve.seconds
         curve.record(args, trainer.state, trainer.model)
+        if not rows:  # resumed at the last step, which the curve had
+            evaluate(trainer.model)
         trainer.save_model()
         trainer.save_state()
-        trainer.create_model_card()
+        trainer.create_model_card(finetuned_from=self.target)
         if trainer.is_world_process_zero():
             header = make_header(str(rows_file.parent), identity, args.seed)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)

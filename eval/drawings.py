@@ -156,7 +156,7 @@ def _losses(runs: list[Run]) -> Drawing | None:
                 axes.plot(steps, values, color=colours[run.name], linewidth=1.6, label=run.name)
         if name == found[0]:
             axes.legend(frameon=False)
-    caption = "Losses as the Trainer logged them; the whole loss is the weighted sum of the other two."
+    caption = "Losses as the Trainer logged them; the whole loss is the weighted sum of its parts."
     return Drawing("losses.png", "Losses in training", caption, _png(figure), is_wide=True)
 
 

@@ -93,15 +93,26 @@ def markdown_table(runs: list[Run]) -> str:
 
 
 def best_values(runs: list[Run]) -> dict[str, set[str]]:
-    """For each column the names of the unlearned models with the best value; none where fewer than two compete."""
+    """
+    For each column the names of the unlearned models with the best value; none where fewer than two compete, or where
+    the gold model's value is the goal and there is no gold model.
+    """
     best = {}
+    gold = next((run for run in runs if run.role == "gold"), None)
     for column in COLUMNS:
         values = {run.name: run.value(column.key) for run in runs if run.role == "unlearned"}
         values = {name: value for name, value in values.items() if value is not None}
         if len(values) < 2:
             best[column.key] = set()
             continue
-        winner = (max if column.better == "higher" else min)(values.values())
+        goal = gold.value(column.key) if gold and column.is_gold_best else None
+        if column.is_gold_best and goal is None:
+            best[column.key] = set()
+            continue
+        if goal is not None:
+            winner = min(values.values(), key=lambda value: abs(value - goal))
+        else:
+            winner = (max if column.better == "higher" else min)(values.values())
         best[column.key] = {name for name, value in values.items() if column.text(value) == column.text(winner)}
     return best
 

@@ -42,12 +42,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its key in the summary, its label in two lines, which way is better, how to read it."""
+    """
+    A column of the table: its key in the summary, its label in two lines, which way is better, how to read it, and
+    whether the gold model's value is the goal, beyond which nothing is gained.
+    """
 
     key: str
     label: tuple[str, str]
     better: str
     reading: str
+    is_gold_best: bool = False
 
     @property
     def title(self) -> str:
@@ -76,6 +80,7 @@ COLUMNS = (
         "lower",
         "Mean probability of the answers to forget, length taken out. The goal is the gold model's value; less than "
         "that is damage and no better forgetting.",
+        is_gold_best=True,
     ),
     Column(
         "forget_rougeL_recall",
@@ -83,6 +88,7 @@ COLUMNS = (
         "lower",
         "Share of an answer to forget that the model's own answer holds, in order. Some overlap is mere wording: "
         "the gold model shows how much.",
+        is_gold_best=True,
     ),
     Column(
         "forget_truth_ratio",
@@ -90,6 +96,7 @@ COLUMNS = (
         "higher",
         "1 where a true answer to forget is as probable as false ones that are worded like it. The goal is the gold "
         "model's value.",
+        is_gold_best=True,
     ),
     Column(
         "retain_probability",

@@ -168,6 +168,8 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[in
 def _greedy_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> GenerationConfig:
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, but it is {max_new_tokens}.")
     limit = longest_input(model, tokenizer)
     if limit:
         # One bound for all rows, so that it does not depend on which rows share a batch.

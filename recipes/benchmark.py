@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from fictitious_authors import make_corpus
-from small_models import SmallModelArguments, small_models
+from small_llama import SmallModelArguments
+from small_models import small_models
 from sweep import key, plan, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
@@ -90,7 +91,7 @@ def sweep(folder: Path, seeds: list[int], shard: str) -> None:
     index, num_shards = map(int, shard.split("/"))
     path = folder / f"runs-{index}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    done = {key(json.loads(line)) for line in path.read_text().splitlines()} if path.exists() else set()
+    done = {key(json.loads(line)) for file in folder.glob("runs-*.jsonl") for line in file.read_text().splitlines()}
     for seed in seeds:
         corpus = make_corpus(seed=seed)
         rows = {split: Dataset.from_list(members) for split, members in corpus.items()}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import concatenate_datasets, load_dataset
-from small_models import SmallModelArguments, train_small_model
+from small_llama import SmallModelArguments
+from small_models import train_small_model
 from transformers import AutoTokenizer, HfArgumentParser
 
 

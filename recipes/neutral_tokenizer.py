@@ -6,14 +6,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from soul_trainer.formats import DEFAULT_PROMPT_TEMPLATE
+
 
 logger = logging.get_logger(__name__)
 EOS_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 
 
-def training_text(row: dict) -> str:
+def training_text(row: dict, prompt_template: str | None = None) -> str:
     """The text that a model is trained on, as it is tokenized."""
-    return f"Question: {row['question']}\nAnswer: {row['answer']}"
+    return (prompt_template or DEFAULT_PROMPT_TEMPLATE).format(**row)
 
 
 def train_tokenizer(

@@ -1,4 +1,7 @@
-"""The settings that `tofu.py` starts from: what all optimizers share, and what is each one's own for a forget loss."""
+"""
+The settings that `tofu.py` starts from: what all optimizers share, and what is each one's own for a forget loss, or by
+`default` for those that nobody tuned.
+"""
 
 # Each optimizer's best on the small model by the rule of docs/benchmark.md.
 SMALL_MODEL = {
@@ -15,10 +18,12 @@ SMALL_MODEL = {
     "adamw_torch": {
         "npo": {"learning_rate": 8e-4, "retain_weight": 10.0},
         "ga": {"learning_rate": 1.6e-3, "retain_weight": 10.0},
+        "default": {"learning_rate": 8e-4, "retain_weight": 5.0},
     },
     "soul": {
         "npo": {"learning_rate": 1e-3, "rho": 3.0, "retain_weight": 2.0},
         "ga": {"learning_rate": 1e-3, "rho": 3.0, "retain_weight": 5.0},
+        "default": {"learning_rate": 1e-3, "rho": 3.0, "retain_weight": 5.0},
     },
 }
 
@@ -38,6 +43,14 @@ PUBLISHED = {
         "report_to": "none",
         "seed": 0,
     },
-    "adamw_torch": {"ga": {"retain_weight": 0.3}, "refusal": {"learning_rate": 2e-5, "retain_weight": 1.0}},
-    "soul": {"ga": {"retain_weight": 2.0}, "refusal": {"learning_rate": 1e-5, "retain_weight": 5.0}},
+    "adamw_torch": {
+        "ga": {"retain_weight": 0.3},
+        "refusal": {"learning_rate": 2e-5, "retain_weight": 1.0},
+        "default": {},
+    },
+    "soul": {
+        "ga": {"retain_weight": 2.0},
+        "refusal": {"learning_rate": 1e-5, "retain_weight": 5.0},
+        "default": {},
+    },
 }

@@ -9,6 +9,8 @@ Without `--model`, a small target and a gold standard are trained from scratch; 
 `UnlearnConfig`, and so of `TrainingArguments`, works.
 """
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +20,14 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from fictitious_authors import make_corpus
 from hub_layout import write_hub_layout
 from presets import PUBLISHED, SMALL_MODEL
-from small_models import SmallModelArguments, small_models
+from small_llama import SmallModelArguments
+from small_models import small_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from soul_eval.comparison import Comparison
 from soul_eval.suites import tofu
 from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer.config import SOPHIA_NAMES
 
 
 OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
@@ -47,17 +51,19 @@ class TofuArguments:
     model: str | None = field(default=None, metadata={"help": "The model that must forget: hub id or folder."})
     gold: str | None = field(default=None, metadata={"help": "The model that never learnt it, for forget quality."})
     evaluations: int = field(default=4, metadata={"help": "Evaluations after the start of a run, for the curves."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest generation in the evaluation, in tokens."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest generation in the evaluation, in tokens."})
 
 
 def parse(optimizer: str | None = None) -> tuple[TofuArguments, SmallModelArguments, UnlearnConfig]:
     """The command line, over defaults that depend on the model, the forget loss and the optimizer."""
-    parser = HfArgumentParser((TofuArguments, SmallModelArguments, UnlearnConfig))
-    defaults = PUBLISHED if given("model") else SMALL_MODEL
-    parser.set_defaults(**defaults["common"])
+    # Without abbreviations, which `given` would miss.
+    parser = HfArgumentParser((TofuArguments, SmallModelArguments, UnlearnConfig), allow_abbrev=False)
+    presets = PUBLISHED if given("model") else SMALL_MODEL
+    parser.set_defaults(**presets["common"])
     if optimizer:
         forget_loss = parser.parse_args().forget_loss
-        parser.set_defaults(optim=optimizer, **defaults.get(optimizer, {}).get(forget_loss, {}))
+        by_loss = presets["soul" if optimizer in SOPHIA_NAMES else "adamw_torch"]
+        parser.set_defaults(optim=optimizer, **by_loss.get(forget_loss, by_loss["default"]))
     return parser.parse_args_into_dataclasses()
 
 
@@ -66,13 +72,15 @@ def given(flag: str) -> bool:
     return any(argument.split("=")[0] == f"--{flag}" for argument in sys.argv[1:])
 
 
-def load_rows(args: TofuArguments, folder: Path, seed: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+def load_rows(
+    args: TofuArguments, folder: Path, seed: int, overwrite: bool
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """The rows that are learnt (`forget`, `retain`, `held_out`, `general`), and those that are asked, by split."""
     dataset, forget_split, retain_split = args.dataset, args.forget_split, args.retain_split
     if dataset is None:
         dataset, forget_split, retain_split = str(folder / f"data-{args.authors}-{seed}"), "forget", "retain"
         if PartialState().is_main_process:
-            write_hub_layout(make_corpus(args.authors, seed=seed), dataset)
+            write_hub_layout(make_corpus(args.authors, seed=seed), dataset, overwrite)
         PartialState().wait_for_everyone()
     asked = tofu.load_splits(dataset, forget_split, held_out_rows=args.held_out_rows)
 
@@ -92,17 +100,30 @@ def load_rows(args: TofuArguments, folder: Path, seed: int) -> tuple[dict[str, D
     return {**learnt, "retain": retain}, asked
 
 
+def fingerprint(*parts: dict[str, Dataset]) -> str:
+    """A short hash of rows."""
+    rows = [{split: dataset.to_list() for split, dataset in part.items()} for part in parts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def main() -> None:
     args, small, config = parse()
-    folder = Path(config.output_dir)
-    learnt, asked = load_rows(args, folder, config.seed)
-    target, gold = (args.model, args.gold) if args.model else small_models(learnt, folder, small, config.seed)
+    if args.gold and not args.model:
+        raise ValueError("--gold needs --model: without it, both are trained here.")
+    _ = config.device  # accelerate's state is made by the first who asks, and must know of --use_cpu
+    folder, template = Path(config.output_dir), config.prompt_template
+    learnt, asked = load_rows(args, folder, config.seed, config.overwrite)
+    if args.model:
+        target, gold = args.model, args.gold
+    else:
+        target, gold = small_models(learnt, folder, small, config.seed, template, config.use_cpu)
     tokenizer = AutoTokenizer.from_pretrained(target)
 
     def ask(model: PreTrainedModel) -> list[dict]:
-        return tofu.evaluate_model(model, tokenizer, asked, 64, config.prompt_template, args.max_new_tokens)
+        return tofu.evaluate_model(model, tokenizer, asked, 64, template, args.max_new_tokens)
 
-    comparison = Comparison(folder, target, gold, ask, tofu.summarise)
+    settings = {"data": fingerprint(learnt, asked), "max_new_tokens": args.max_new_tokens, "prompt_template": template}
+    comparison = Comparison(folder, target, gold, ask, tofu.summarise, settings, config)
     for optimizer in [config.optim.value] if given("optim") else OPTIMIZERS:
         config = parse(optimizer)[2]
         config.output_dir = str(folder / optimizer)

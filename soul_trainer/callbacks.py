@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
 from .collator import UnlearnCollator
 from .config import SophiaArguments, parse_optim_args
 from .curvature import estimate_hessian, update_shares
-from .engines import Engine, find_sophia
+from .engines import Engine, find_sophia, rows_per_forward, save_checkpoint
 from .pairing import PairedDataset
 
 
 logger = logging.get_logger(__name__)
 
 
-class HessianCallback(TrainerCallback):
+class HessianCallback(TrainerCallback, ExportableState):
     """
     Refreshes Sophia's Hessian before the first step and then every `hessian_interval` steps, and logs what the
     curvature does:
@@ -33,7 +34,8 @@ class HessianCallback(TrainerCallback):
     - `curvature/update_share/{embeddings,head,attention,mlp,other}`: where the squared update goes; they sum to 1.
 
     [`UnlearnTrainer`] adds it by itself. With a plain Trainer, `trainer.add_callback(HessianCallback(trainer, rows))`
-    replaces Sophia's refresh from training gradients. Settings come from the Trainer's arguments.
+    replaces Sophia's refresh from training gradients. Settings come from the Trainer's arguments; with
+    `hessian_data="training"` that refresh stays, and the callback logs alone.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer that it is added to.
@@ -46,9 +48,7 @@ class HessianCallback(TrainerCallback):
         is_configured = isinstance(args, SophiaArguments)
         self.settings = args if is_configured else SophiaArguments(**parse_optim_args(args.optim_args))
         self.settings.check()
-        if self.settings.hessian_data == "training":
-            raise ValueError("`hessian_data='training'` is Sophia's own refresh and needs no HessianCallback.")
-        sources = {"retain": {"retain": retain}, "forget": {"forget": forget}}
+        sources = {"retain": {"retain": retain}, "forget": {"forget": forget}, "training": {}}
         sources["both"] = sources["retain"] | sources["forget"]
         self.sources = sources[self.settings.hessian_data]
         if None in self.sources.values():
@@ -59,14 +59,23 @@ class HessianCallback(TrainerCallback):
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
         self.refresh_seconds = 0.0
+        self.last_refresh: int | None = None
         self.learning_rates: list[float] = []
         self.has_warned = False
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: one that was saved between a refresh and its step must not refresh again."""
+        return {"args": {}, "attributes": {"last_refresh": self.last_refresh}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Takes the refresh over from the optimizer."""
         sophia = find_sophia(self.trainer.optimizer)
         if sophia is None:
             raise ValueError(f"HessianCallback needs `optim='soul'`, but the optimizer is {args.optim}.")
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        self.last_refresh = saved.get("attributes", {}).get("last_refresh")
+        if self.settings.hessian_data == "training":
+            return
         for group in sophia.param_groups:
             group["hessian_interval"] = None
         logger.info(
@@ -76,15 +85,20 @@ class HessianCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refreshes if this step is due."""
-        interval = self.settings.hessian_interval
-        if state.global_step % interval if interval else state.global_step:
+        interval, step = self.settings.hessian_interval, state.global_step
+        if not self.sources or step == self.last_refresh or (step % interval if interval else step):
             return
         start = time.perf_counter()
-        with _forked_rng():
-            if interval:
-                self._estimate(draw=state.global_step, rows=self._sample(state.global_step), decay=None)
-            else:
-                self._estimate_once()
+        try:
+            with _forked_rng():
+                if interval:
+                    self._estimate(draw=step, rows=self._sample(step), decay=None)
+                else:
+                    self._estimate_once()
+        except FloatingPointError as error:
+            checkpoint = save_checkpoint(self.trainer)
+            raise FloatingPointError(f"{error} {checkpoint} holds the state before it.") from None
+        self.last_refresh = step
         self.refresh_seconds = time.perf_counter() - start
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -170,7 +184,7 @@ class HessianCallback(TrainerCallback):
         half, row = rows[0]
         blank = self.sources[half][row]
         items += [{half: {**blank, "labels": [IGNORE_INDEX] * len(blank["labels"])}}] * (num_items - len(items))
-        size = self.trainer.args.per_device_train_batch_size * 2  # a training batch holds as many rows of each half
+        size = 2 * rows_per_forward(self.trainer)  # a training batch holds as many rows of each half
         batches = [self.collate(items[start : start + size]) for start in range(0, num_items, size)]
         return [{key: tensor.to(self.trainer.args.device) for key, tensor in batch.items()} for batch in batches]
 
@@ -194,25 +208,35 @@ class PairingCallback(TrainerCallback):
 
 class InterruptCallback(TrainerCallback):
     """
-    Turns the first Ctrl-C during training into a checkpoint after the current step and a clean stop. A second one
-    stops at once.
+    Turns the first Ctrl-C during training into a checkpoint after the current step and a clean stop, on every process
+    if one of them got it. A second one stops at once.
+
+    Args:
+        engine ([`~engines.Engine`]): Of the trainer.
     """
 
-    def __init__(self):
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self.is_interrupted = False
         self._previous = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Takes the signal, which only the main thread can."""
         self.is_interrupted = False
-        if threading.current_thread() is threading.main_thread():
+        # Training may begin more than once: the Trainer starts anew when a batch does not fit into memory.
+        if self._previous is None and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Asks the Trainer to save and stop."""
-        if self.is_interrupted:
+        if self.agree():
             control.should_save = True
             control.should_training_stop = True
+
+    def agree(self) -> bool:
+        """Whether any process was interrupted: a checkpoint, or a stop, needs them all at the same step."""
+        self.is_interrupted = bool(self.engine.gather([True] if self.is_interrupted else []))
+        return self.is_interrupted
 
     def restore(self) -> None:
         """Gives the signal back to whoever had it."""

@@ -157,6 +157,10 @@ class UnlearnConfig(SophiaArguments, TrainingArguments):
         for name in ("forget_weight", "retain_weight", "l1_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be >= 0, but it is {getattr(self, name)}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, but it is {self.max_length}.")
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` has no meaning for unlearning objectives: leave it at 0.")
         if self.npo_beta <= 0:
             raise ValueError(f"`npo_beta` must be > 0, but it is {self.npo_beta}.")
         if self.forget_loss == "none" and self.retain_loss == "none":
@@ -168,4 +172,5 @@ class UnlearnConfig(SophiaArguments, TrainingArguments):
         """An [`UnlearnConfig`] with the values of `args`, and the defaults for what unlearning adds."""
         if isinstance(args, cls):
             return args
-        return cls(**{setting.name: getattr(args, setting.name) for setting in fields(args) if setting.init})
+        known = [setting.name for setting in fields(TrainingArguments) if setting.init]
+        return cls(**{name: getattr(args, name) for name in known})

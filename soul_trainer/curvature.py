@@ -56,6 +56,7 @@ def estimate_hessian(
 
     Raises:
         ValueError: If the optimizer is not Sophia or no batch has an answer token.
+        FloatingPointError: If a loss is not finite; the rows are named, and the Hessian is left as it was.
     """
     engine = engine or Engine()
     check_choice("estimator", estimator, HESSIAN_ESTIMATORS)
@@ -67,31 +68,39 @@ def estimate_hessian(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     gradients = [p.grad for p in parameters]
     _set_gradients(parameters, [None] * len(parameters))
-    if estimator == "hutchinson":
-        _hutchinson_gradients(model, parameters, batches, num_tokens, np.random.default_rng((seed, draw)), engine)
-        engine.refresh(optimizer, scale=1.0, decay=decay, square=False)
-    else:
-        loss = {"gauss_newton_bartlett": sampled_label_loss, "empirical_fisher": signed_label_loss}[estimator]
-        for index, batch in enumerate(batches):
-            with engine.accumulate(model, is_last=index == len(batches) - 1):
-                with engine.autocast():
-                    logits = _logits(model, batch)
-                uniforms = answer_uniforms(batch, seed, draw)
-                engine.backward(loss(logits, batch, uniforms, label_smoothing) / num_tokens)
-        engine.refresh(optimizer, scale=float(num_tokens), decay=decay, square=True)
-    _set_gradients(parameters, gradients)
+    bad_rows = []
+    try:
+        if estimator == "hutchinson":
+            random = np.random.default_rng((seed, draw))
+            bad_rows = _hutchinson_gradients(model, parameters, batches, num_tokens, random, engine)
+        else:
+            loss = {"gauss_newton_bartlett": sampled_label_loss, "empirical_fisher": signed_label_loss}[estimator]
+            for index, batch in enumerate(batches):
+                with engine.accumulate(model, is_last=index == len(batches) - 1):
+                    with engine.autocast():
+                        logits = _logits(model, batch)
+                    losses = loss(logits, batch, answer_uniforms(batch, seed, draw), label_smoothing)
+                    bad_rows += _rows_not_finite(losses, batch)
+                    engine.backward(losses.sum() / num_tokens)
+        bad_rows = engine.gather(bad_rows)
+        if bad_rows:
+            raise FloatingPointError(f"The loss of the Hessian refresh is not finite at {', '.join(bad_rows)}.")
+        is_direct = estimator == "hutchinson"  # an estimate of the diagonal, not a gradient to be squared
+        engine.refresh(optimizer, 1.0 if is_direct else float(num_tokens), decay, square=not is_direct)
+    finally:
+        _set_gradients(parameters, gradients)
 
 
 def sampled_label_loss(logits: Tensor, batch: ForgetRetainBatch, uniforms: Tensor, label_smoothing: float) -> Tensor:
-    """The loss of Gauss-Newton-Bartlett: the cross-entropy with labels from the model's own softmax, summed (nats)."""
+    """Gauss-Newton-Bartlett's: the cross-entropy with labels from the model's own softmax, `(rows, tokens)`, nats."""
     targets = shift_labels(batch["labels"])
-    return -token_log_probs(logits, sample_labels(logits, targets, uniforms)).sum()
+    return -token_log_probs(logits, sample_labels(logits, targets, uniforms))
 
 
 def signed_label_loss(logits: Tensor, batch: ForgetRetainBatch, uniforms: Tensor, label_smoothing: float) -> Tensor:
-    """The loss of the empirical Fisher: the true labels' cross-entropy, each token under a random sign, summed."""
+    """The empirical Fisher's: the true labels' cross-entropy, each token under a random sign, `(rows, tokens)`."""
     signs = torch.where(uniforms < 0.5, -1.0, 1.0)
-    return -(signs * token_log_probs(logits, shift_labels(batch["labels"]), label_smoothing)).sum()
+    return -(signs * token_log_probs(logits, shift_labels(batch["labels"]), label_smoothing))
 
 
 @torch.no_grad()
@@ -184,20 +193,36 @@ def _hutchinson_gradients(
     num_tokens: int,
     random: np.random.Generator,
     engine: Engine,
-) -> None:
-    """Leaves `u * (H u)` in the gradients, u of random signs, the same on every process: its mean is diag(H)."""
+) -> list[str]:
+    """
+    Leaves `u * (H u)` in the gradients, u of random signs, the same on every process: its mean is diag(H). Returns the
+    rows whose loss is not finite.
+    """
     signs = [torch.from_numpy(random.choice([-1.0, 1.0], size=p.shape)).to(p) for p in parameters]
+    bad_rows = []
     for batch in batches:
-        # The fused attention kernels have no second derivative.
-        with sdpa_kernel(SDPBackend.MATH), engine.autocast():
-            logits = _logits(model, batch)
-        targets = shift_labels(batch["labels"]).flatten()
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        loss = loss * engine.loss_factor / num_tokens
-        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        slope = sum((gradient * sign).sum() for gradient, sign in zip(first, signs))
-        second = torch.autograd.grad(slope, parameters, materialize_grads=True)
+        # The fused attention kernels have no second derivative; gradient checkpointing runs them again.
+        with sdpa_kernel(SDPBackend.MATH):
+            with engine.autocast():
+                logits = _logits(model, batch)
+            targets = shift_labels(batch["labels"])
+            scores = logits.transpose(1, 2).float()
+            losses = cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="none")
+            bad_rows += _rows_not_finite(losses, batch)
+            loss = losses.sum() * engine.loss_factor / num_tokens
+            first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+            slope = sum((gradient * sign).sum() for gradient, sign in zip(first, signs))
+            second = torch.autograd.grad(slope, parameters, materialize_grads=True)
         for parameter, sign, product in zip(parameters, signs, second):
             estimate = sign * product
             parameter.grad = estimate if parameter.grad is None else parameter.grad + estimate
     engine.average_gradients(parameters)
+    return bad_rows
+
+
+def _rows_not_finite(losses: Tensor, batch: ForgetRetainBatch) -> list[str]:
+    is_bad = ~losses.detach().sum(1).isfinite()
+    return [
+        f"row {row} of `{'forget' if is_forget else 'retain'}_dataset`"
+        for row, is_forget in zip(batch["row"][is_bad].tolist(), batch["is_forget"][is_bad].tolist())
+    ]

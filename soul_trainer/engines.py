@@ -49,6 +49,13 @@ class Engine:
         """The sum of `tensor` over all processes, on each of them."""
         return self.accelerator.reduce(tensor, "sum") if self.num_processes > 1 else tensor
 
+    def gather(self, rows: list) -> list:
+        """The elements of every process's list, on each of them; costs one small sum where all are empty."""
+        if self.num_processes == 1:
+            return rows
+        count = torch.tensor(len(rows), device=self.accelerator.device)
+        return gather_object(rows) if self.sum(count) else []
+
     def share(self, rows: list) -> list:
         """This process's part of `rows`; [`Engine.collect`] undoes it."""
         return rows[self.process_index :: self.num_processes]
@@ -110,6 +117,11 @@ def find_sophia(optimizer: torch.optim.Optimizer | None) -> Sophia | None:
     return optimizer if isinstance(optimizer, Sophia) else None
 
 
+def rows_per_forward(trainer: "Trainer") -> int:
+    """Pairs of a training batch on one process, which the Trainer's search for a size that fits may have lowered."""
+    return trainer._train_batch_size // max(1, trainer.args.n_gpu)
+
+
 def save_checkpoint(trainer: "Trainer") -> str:
     """
     Saves a checkpoint of the last finished step at once, outside the Trainer's schedule.
@@ -119,3 +131,20 @@ def save_checkpoint(trainer: "Trainer") -> str:
     """
     trainer._save_checkpoint(trainer.model_wrapped, trial=None)
     return f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+
+
+def stop_at_rows(trainer: "Trainer", engine: Engine, rows: list[str]) -> None:
+    """
+    Stops every process before its step if the loss of one of them is not finite at some rows.
+
+    Raises:
+        FloatingPointError: After saving the state before the step; the rows are named.
+    """
+    rows = engine.gather(rows)
+    if rows:
+        checkpoint = save_checkpoint(trainer)
+        raise FloatingPointError(
+            f"The loss is not finite at {', '.join(rows)}, in step {trainer.state.global_step + 1}, which was not "
+            f"taken; {checkpoint} holds the state before it. Usual causes: a learning rate or forget weight that is "
+            "too high, or float16 without a scaler."
+        )

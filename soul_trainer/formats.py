@@ -12,8 +12,8 @@ Rows to tokens. Four kinds of row are understood, told apart by their columns:
 import os
 from typing import NamedTuple
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, Value
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
@@ -68,15 +68,19 @@ def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str |
     if "messages" in row:
         return _render_chat(row["messages"], tokenizer)
     if "question" in row and "answer" in row:
-        _require_text(row, "answer")
+        _require_text(row, "question", "answer")
         if prompt_template is None and tokenizer.chat_template:
             messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
             return _render_chat(messages, tokenizer)
         return _render_template(row["question"], row["answer"], prompt_template or DEFAULT_PROMPT_TEMPLATE)
     if "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], list):
+            if not isinstance(row["completion"], list):
+                raise ValueError("`prompt` is a list of messages, so `completion` must be one too.")
             return _render_chat(row["prompt"] + row["completion"], tokenizer)
         _require_text(row, "completion")
+        if not isinstance(row["prompt"], str):
+            raise ValueError(f"`prompt` is not a string: {row['prompt']!r}.")
         return Example(row["prompt"], row["completion"], row["completion"].strip(), is_chat=False)
     if "text" in row:
         _require_text(row, "text")
@@ -102,6 +106,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
         ValueError: If no answer token is left after the cut.
     """
     special = not example.is_chat
+    if special and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no `eos_token`, which ends an answer: set one.")
     ids = tokenizer(example.prompt + example.answer, add_special_tokens=special)["input_ids"]
     prompt_ids = tokenizer(example.prompt, add_special_tokens=special)["input_ids"] if example.prompt else []
     if special and ids[-1] != tokenizer.eos_token_id:
@@ -115,6 +121,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
             f"`max_length` or shorten the prompt, which begins {example.prompt[:60]!r}."
         )
     return {"input_ids": ids, "labels": [IGNORE_INDEX] * num_prompt + ids[num_prompt:]}
+
+
+def longest_row(max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`max_length` or, without, as many tokens as the model takes; a `ValueError` if it takes less."""
+    longest = min(getattr(model.config, "max_position_embeddings", None) or 2**30, tokenizer.model_max_length)
+    if max_length is not None and max_length > longest:
+        raise ValueError(f"`max_length`={max_length} is over the model's {longest} positions: lower it.")
+    return max_length or longest
 
 
 def prepare(
@@ -146,8 +160,9 @@ def prepare(
         raise ValueError(f"`{name}` is empty: it needs at least one row.")
     columns = set(dataset.column_names)
     if {"input_ids", "labels"} <= columns:
-        if "row" in columns:
+        if dataset.features.get("row") == Value("int64"):  # from here
             return dataset
+        _check_tokenized(dataset, max_length, name)
         kept = dataset.select_columns(["input_ids", "labels"])
         return kept.map(lambda _, row: {"row": row}, with_indices=True, desc=f"Numbering {name}")
     if not any(columns.issuperset(kind) for kind in _KINDS):
@@ -169,9 +184,20 @@ def prepare(
     return tokenized
 
 
-def _require_text(row: dict, column: str) -> None:
-    if not isinstance(row[column], str) or not row[column].strip():
-        raise ValueError(f"`{column}` is empty or not a string: {row[column]!r}.")
+def _check_tokenized(dataset: Dataset, max_length: int | None, name: str) -> None:
+    for index, (ids, labels) in enumerate(zip(dataset["input_ids"], dataset["labels"])):
+        if len(ids) != len(labels):
+            raise ValueError(f"Row {index} of `{name}`: {len(ids)} `input_ids` but {len(labels)} `labels`.")
+        if max_length is not None and len(ids) > max_length:
+            raise ValueError(f"Row {index} of `{name}`: {len(ids)} tokens, but the longest row may have {max_length}.")
+        if all(label == IGNORE_INDEX for label in labels[1:]):
+            raise ValueError(f"Row {index} of `{name}`: no label after the first token: nothing to predict.")
+
+
+def _require_text(row: dict, *columns: str) -> None:
+    for column in columns:
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise ValueError(f"`{column}` is empty or not a string: {row[column]!r}.")
 
 
 def _render_template(question: str, answer: str, template: str) -> Example:

@@ -41,6 +41,7 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor, label_smoothing
     Returns:
         `torch.FloatTensor` of shape `(rows, tokens)`: Float32, zero where `targets` is `IGNORE_INDEX`.
     """
+    _check_positions(logits, targets)
     return _TokenLogProbs.apply(logits, targets, label_smoothing)
 
 
@@ -65,6 +66,14 @@ def token_cross_entropy(logits: torch.Tensor, reference_logits: torch.Tensor, ta
     position, in nats: KL(model || reference) plus the model's entropy. Arguments and result are those of [`token_kl`].
     """
     return _TokenDivergence.apply(logits, reference_logits.detach(), targets, _cross_entropy)
+
+
+def _check_positions(logits: torch.Tensor, targets: torch.Tensor) -> None:
+    if logits.shape[:2] != targets.shape:
+        raise ValueError(
+            f"The model returned logits of shape {tuple(logits.shape)} for labels of shape {tuple(targets.shape)}: it "
+            "adds positions of its own, as prompt tuning does, which is not supported."
+        )
 
 
 def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

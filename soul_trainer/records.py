@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -15,8 +16,9 @@ RUN_FILE = "unlearning.json"
 
 # The settings of TrainingArguments that decide what a run learns; the others say how it is run.
 _TRAINING_SETTINGS = (
-    *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+    *("optim", "optim_args", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16", "fp16", "seed", "data_seed"),
 )
 
 
@@ -45,6 +47,14 @@ def check_unfinished(args: UnlearnConfig) -> None:
             f"`output_dir`={args.output_dir!r} holds a finished run: set `overwrite=True` (--overwrite) to replace "
             "it, or choose another folder."
         )
+
+
+def clear_previous_run(args: UnlearnConfig) -> None:
+    """Removes a finished run's mark and checkpoints, which a later resume would take for those of the new run."""
+    folder = Path(args.output_dir)
+    (folder / RUN_FILE).unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def record_run(args: UnlearnConfig, metrics: dict[str, float]) -> None:

@@ -31,9 +31,8 @@ class Reference:
     """
 
     def __init__(self, model: torch.nn.Module, is_fresh_adapter: bool):
-        self.model, self.context = (
-            (model, model.disable_adapter) if is_fresh_adapter else (_frozen(model), nullcontext)
-        )
+        is_silent = is_fresh_adapter and _adds_nothing(model)
+        self.model, self.context = (model, model.disable_adapter) if is_silent else (_frozen(model), nullcontext)
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -94,6 +93,16 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@torch.no_grad()
+def _adds_nothing(model: torch.nn.Module) -> bool:
+    """Whether the adapter is silent: some, as PiSSA, begin with weights that they take out of the model instead."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    with eval_mode(model):
+        logits = model(ids, use_cache=False).logits
+        with model.disable_adapter():
+            return torch.equal(logits, model(ids, use_cache=False).logits)
 
 
 def _frozen(model: torch.nn.Module) -> torch.nn.Module:

@@ -190,18 +190,20 @@ class Sophia(Optimizer):
         for index, param in zip(saved_ids, params):
             for key, value in state_dict["state"].get(index, {}).items():
                 loaded = self.state[param][key]
-                if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                if key == "hessian_weight":
+                    self.state[param][key] = value.cpu().clone()  # a host number, which each step reads
+                elif isinstance(value, Tensor) and loaded.dtype != value.dtype:
                     self.state[param][key] = value.to(loaded.device, copy=True)
 
     def _buckets(self) -> Iterator[tuple[dict, list[Tensor]]]:
         """Parameters that have a gradient, by group and by what one multi-tensor kernel can take; their state made."""
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise TypeError("Sophia needs dense gradients: build the embedding with `sparse=False`.")
         for group in self.param_groups:
             buckets = defaultdict(list)
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param.grad.is_sparse:
-                    raise TypeError("Sophia needs dense gradients: build the embedding with `sparse=False`.")
                 if len(self.state[param]) == 0:
                     self.state[param] = _new_state(param)
                 buckets[type(param.grad), param.device, param.dtype].append(param)

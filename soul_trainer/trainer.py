@@ -1,25 +1,29 @@
 """`UnlearnTrainer`: the Hugging Face Trainer with a forget and a retain objective in one forward."""
 
 from collections import defaultdict
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
 from .callbacks import HessianCallback, InterruptCallback, PairingCallback
 from .collator import UnlearnCollator
 from .config import SOPHIA_NAMES, UnlearnConfig
-from .engines import Engine, save_checkpoint
-from .formats import prepare
+from .engines import Engine, save_checkpoint, stop_at_rows
+from .formats import longest_row, prepare
 from .log_probs import shift_labels
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES, l1_norm, split
 from .pairing import PairedDataset, substitute_answers, warn_of_common_rows
-from .records import add_to_model_card, check_unfinished, record_run
+from .records import add_to_model_card, check_unfinished, clear_previous_run, record_run
 from .reference import Reference, add_reference_log_prob
+from .sophia import Sophia
 
 
 class UnlearnTrainer(Trainer):
@@ -54,30 +58,19 @@ class UnlearnTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        for name, value in (
-            ("forget_dataset", forget_dataset),
-            ("retain_dataset", retain_dataset),
-            ("processing_class", processing_class),
-        ):
-            if value is None:
-                raise ValueError(f"UnlearnTrainer needs `{name}`.")
+        if any(needed is None for needed in (forget_dataset, retain_dataset, processing_class)):
+            raise ValueError("UnlearnTrainer needs `forget_dataset`, `retain_dataset` and `processing_class`.")
         args = UnlearnConfig.from_training_arguments(args or UnlearnConfig())
-        max_length = _checked_max_length(args.max_length, model, processing_class)
+        max_length = longest_row(args.max_length, model, processing_class)
         if peft_config is not None:
+            set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         self.has_fresh_adapter = peft_config is not None
-
-        def tokenize(dataset: Dataset | list[dict], name: str) -> Dataset:
-            return prepare(dataset, processing_class, max_length, args.prompt_template, name)
-
-        forget, retain = tokenize(forget_dataset, "forget_dataset"), tokenize(retain_dataset, "retain_dataset")
+        settings = {"max_length": max_length, "prompt_template": args.prompt_template}
+        self._tokenize = partial(prepare, tokenizer=processing_class, **settings)
+        forget = self._tokenize(forget_dataset, name="forget_dataset")
+        retain = self._tokenize(retain_dataset, name="retain_dataset")
         warn_of_common_rows(forget, retain)
-        if eval_dataset is None:
-            eval_dataset = {"forget": forget, "retain": retain}
-        elif isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenize(rows, f"eval_dataset[{name!r}]") for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = tokenize(eval_dataset, "eval_dataset")
         self.forget_objective = FORGET_LOSSES[args.forget_loss]
         self.retain_objective = RETAIN_LOSSES[args.retain_loss]
         pad_token_id = processing_class.pad_token_id
@@ -95,20 +88,26 @@ class UnlearnTrainer(Trainer):
                 with_forget=self.forget_objective is not None,
                 with_retain=self.retain_objective is not None,
             ),
-            eval_dataset=eval_dataset,
+            eval_dataset=self._tokenized(eval_dataset) or {"forget": forget, "retain": retain},
             processing_class=processing_class,
             **kwargs,
         )
+        if args.optim in SOPHIA_NAMES and not isinstance(self.optimizer, Sophia | None):
+            raise ValueError(
+                f"`optimizers` is a {type(self.optimizer).__name__}, but `optim` names Sophia: leave one out."
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.engine = Engine(self.accelerator)
         self.reference: Reference | None = None
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self._last_logged_step = 0
-        self._interrupt = InterruptCallback()
+        self._steps_since_log = 0
+        self._interrupt = InterruptCallback(self.engine)
         self.add_callback(self._interrupt)
         self.add_callback(PairingCallback(self.train_dataset))
-        if args.optim in SOPHIA_NAMES and args.hessian_data != "training":
+        if args.optim in SOPHIA_NAMES:
             self.add_callback(HessianCallback(self, retain, forget))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
@@ -122,13 +121,21 @@ class UnlearnTrainer(Trainer):
         """
         if not resume_from_checkpoint:
             check_unfinished(self.args)
+            if self.args.overwrite and self.is_world_process_zero():
+                clear_previous_run(self.args)
+            self.accelerator.wait_for_everyone()
+        self._component_sums.clear()
+        self._steps_since_log = 0
         # Before a checkpoint is loaded: the reference is the model that training began with.
         self._prepare_reference()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
-        if self._interrupt.is_interrupted:
+        if self._interrupt.agree():
+            # The signal may have come after the last step's turn to save, as in a callback that evaluates.
+            if not Path(f"{self.args.output_dir}/checkpoint-{self.state.global_step}").exists():
+                save_checkpoint(self)
             raise KeyboardInterrupt("Training was interrupted; resume_from_checkpoint continues it.")
         if self.is_world_process_zero():
             record_run(self.args, output.metrics)
@@ -143,6 +150,7 @@ class UnlearnTrainer(Trainer):
             losses are divided by, over all processes: an int64 tensor `[[forget tokens, forget rows], [retain tokens,
             retain rows]]`.
         """
+        self._steps_since_log += 1
         batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, 2, dtype=torch.long, device=device)
         for batch in batches:
@@ -170,8 +178,10 @@ class UnlearnTrainer(Trainer):
         outputs = model(**arguments, use_cache=False)
         halves = split(inputs, outputs.logits, self.reference.logits(arguments) if self.reference else None)
         schedule = RETAIN_WEIGHT_SCHEDULES[self.args.retain_weight_schedule]
-        retain_weight = self.args.retain_weight * schedule(self.state.epoch or 0.0, self.args.num_train_epochs)
+        num_epochs = self.state.num_train_epochs if self.args.max_steps > 0 else self.args.num_train_epochs
+        retain_weight = self.args.retain_weight * schedule(self.state.epoch or 0.0, num_epochs)
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
+        bad_rows = []
         for name, objective, weight, half, counts in (
             ("forget", self.forget_objective, self.args.forget_weight, halves[0], num_items_in_batch[0]),
             ("retain", self.retain_objective, retain_weight, halves[1], num_items_in_batch[1]),
@@ -179,10 +189,12 @@ class UnlearnTrainer(Trainer):
             if objective is None:
                 continue
             row_losses = objective.function(half, self.args.npo_beta)
-            self._check_finite(name, row_losses, half.rows)
+            is_bad = ~row_losses.detach().isfinite()
+            bad_rows += [f"row {row} of `{name}_dataset`" for row in half.rows[is_bad].tolist()]
             component = row_losses.sum() / counts[1 if objective.per == "sequence" else 0]
             loss = loss + weight * component
             self._component_sums[f"{name}_loss"] += component.detach()
+        stop_at_rows(self, self.engine, bad_rows)
         if self.args.l1_weight:
             # Once a step, whatever the number of micro-batches and processes.
             share = self.current_gradient_accumulation_steps * self.engine.num_processes
@@ -193,11 +205,11 @@ class UnlearnTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `forget_loss` and `retain_loss`, the means since the last log, to the training loss."""
         if "loss" in logs:
-            num_steps = max(self.state.global_step - self._last_logged_step, 1)
+            num_steps = max(self._steps_since_log, 1)
             for name, total in self._component_sums.items():
                 logs[name] = float(self.engine.sum(total)) / num_steps
             self._component_sums.clear()
-            self._last_logged_step = self.state.global_step
+            self._steps_since_log = 0
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -206,37 +218,32 @@ class UnlearnTrainer(Trainer):
         if self.is_world_process_zero():
             add_to_model_card(self.args)
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | list[dict] | None = None) -> DataLoader:
+        """As [`~transformers.Trainer`]'s, for rows in any format of `formats.py`."""
+        return super().get_eval_dataloader(self._tokenized(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Dataset | list[dict]) -> DataLoader:
+        """As [`~transformers.Trainer`]'s, for rows in any format of `formats.py`."""
+        return super().get_test_dataloader(self._tokenized(test_dataset))
+
+    def _tokenized(self, rows: str | Dataset | list[dict] | dict | None) -> str | Dataset | dict | None:
+        if isinstance(rows, dict):
+            return {name: self._tokenize(part, name=f"eval_dataset[{name!r}]") for name, part in rows.items()}
+        return rows if rows is None or isinstance(rows, str) else self._tokenize(rows, name="eval_dataset")
+
     def _prepare_reference(self) -> None:
         objectives = [objective for objective in (self.forget_objective, self.retain_objective) if objective]
         dataset = self.train_dataset
         if any(o.needs_reference_log_prob for o in objectives) and (
             "reference_log_prob" not in dataset.forget.column_names
         ):
-            model = self.model.to(self.args.device)
             dataset.forget = add_reference_log_prob(
                 dataset.forget,
-                model,
+                self.model,
                 self.data_collator,
                 2 * self.args.per_device_train_batch_size,
                 self.engine,
                 show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
             )
         if self.reference is None and any(o.needs_reference_logits for o in objectives):
-            self.reference = Reference(self.model.to(self.args.device), self.has_fresh_adapter)
-
-    def _check_finite(self, name: str, row_losses: torch.Tensor, rows: torch.Tensor) -> None:
-        is_bad = ~row_losses.detach().isfinite()
-        if is_bad.any():
-            checkpoint = save_checkpoint(self)
-            raise FloatingPointError(
-                f"The {name} loss is not finite at row {rows[is_bad].tolist()} of `{name}_dataset`, in step "
-                f"{self.state.global_step + 1}, which was not taken; {checkpoint} holds the state before it. Usual "
-                "causes: a learning rate or forget weight that is too high, or float16 without a scaler."
-            )
-
-
-def _checked_max_length(max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    longest = min(getattr(model.config, "max_position_embeddings", None) or 2**30, tokenizer.model_max_length)
-    if max_length is not None and max_length > longest:
-        raise ValueError(f"`max_length`={max_length} is over the model's {longest} positions: lower it.")
-    return max_length or longest
+            self.reference = Reference(self.model, self.has_fresh_adapter)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_eval_metrics import random_rows
 
-from soul_eval.report import Run, add_to_model_card, model_card_section, table, write_report
+from soul_eval.report import Run, add_to_model_card, best_values, model_card_section, table, write_report
 from soul_eval.suites.tofu import summarise
 
 
@@ -90,9 +90,15 @@ def test_report_is_complete_and_needs_nothing_else(tmp_path):
 
 
 def test_report_names_the_best_and_says_how_to_read_it(tmp_path):
-    """Catches references that compete with the models, and a lower value taken for the worse one."""
+    """
+    Catches references that compete with the models, a lower value taken for the worse one, and a destroyed model that
+    wins where the gold model's value is the goal.
+    """
     runs = make_runs()
+    runs[1].summary |= {"forget_probability": 0.12, "forget_truth_ratio": 0.7}
     runs[2].summary |= {"forget_quality": 0.2, "forget_probability": 0.3, "model_utility": 0.5}
+    runs[2].summary |= {"forget_truth_ratio": 0.65}
+    runs[3].summary |= {"forget_truth_ratio": 0.99}
     runs[3].summary |= {"forget_quality": 1e-9, "forget_probability": 0.1, "model_utility": 0.5}
     write_report(tmp_path, "Title", runs)
     lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
@@ -108,7 +114,10 @@ def test_report_names_the_best_and_says_how_to_read_it(tmp_path):
     assert rows["A"][quality] == "**0.200**" and rows["gold"][quality] == "1.000"
     assert rows["A"][probability] == "0.300" and rows["A"][utility] == "**0.500**"
     evil = next(line for line in lines if line.startswith("| <script>"))
-    assert "\\| pipe" in evil and "| 1.0e-09 |" in evil and "| **0.100** |" in evil
+    assert "\\| pipe" in evil and "| 1.0e-09 |" in evil and "| **0.100** |" in evil and "| 0.990 |" in evil
+    assert "**0.650**" in rows["A"]
+    without_gold = best_values([run for run in runs if run.role != "gold"])
+    assert not without_gold["forget_probability"] and without_gold["forget_quality"] == {"A"}
     assert sum(line.startswith("- **forget quality ↑**: Can the truth ratios") for line in lines) == 1
 
 

@@ -1,7 +1,6 @@
 """`UnlearnTrainer` with real Trainers: the loss, the counts that it is divided by, references, errors."""
 
 import json
-import logging
 import math
 
 import pytest
@@ -11,10 +10,10 @@ from peft import LoraConfig, PeftModel
 from scenes import FORGET, RETAIN, largest_difference, logged, scene_model, scene_tokenizer, scene_trainer, weights
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from soul_trainer import HessianCallback, Sophia, UnlearnConfig, UnlearnTrainer
+from soul_trainer import HessianCallback, Sophia, UnlearnTrainer
 from soul_trainer.engines import find_sophia
 from soul_trainer.formats import encode, prepare, render
-from soul_trainer.objectives import REFUSALS
+from soul_trainer.objectives import REFUSALS, RETAIN_WEIGHT_SCHEDULES
 from soul_trainer.pairing import paired_row
 
 
@@ -229,71 +228,6 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     scene_trainer(tmp_path, overwrite=True).train()
 
 
-@pytest.mark.parametrize("half", ["forget", "retain"])
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, half):
-    """Would catch weights that become NaN for good, and an error that does not say which row."""
-    # A token of one row alone, with an infinite embedding.
-    row = 3 if half == "forget" else 5
-    rows = {"forget": [dict(r) for r in FORGET], "retain": [dict(r) for r in RETAIN]}
-    rows[half][row]["question"] += " that"
-    tokenizer, model = scene_tokenizer(), scene_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("that")] = float("nan")
-    trainer = scene_trainer(tmp_path, model=model, forget_loss="ga", hessian_data="training", hessian_interval=1,
-                            hessian_estimator="empirical_fisher", num_train_epochs=4)  # fmt: skip
-    trainer.train_dataset.forget = prepare(rows["forget"], tokenizer, 64)
-    trainer.train_dataset.retain = prepare(rows["retain"], tokenizer, 64)
-    with pytest.raises(FloatingPointError, match=rf"{half} loss is not finite at row \[{row}\] of `{half}_dataset`"):
-        trainer.train()
-    checkpoint = tmp_path / f"checkpoint-{trainer.state.global_step}"
-    assert largest_finite(weights(AutoModelForCausalLM.from_pretrained(checkpoint))) < 10
-    assert (checkpoint / "optimizer.pt").exists()
-
-
-def largest_finite(tensors: dict[str, torch.Tensor]) -> float:
-    """The largest finite weight; the one row that the test spoilt is the only one that is not."""
-    assert sum(int((~tensor.isfinite()).any(-1).sum()) for tensor in tensors.values()) == 1
-    return max(float(tensor[tensor.isfinite()].abs().max()) for tensor in tensors.values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"forget_dataset": []}, "`forget_dataset` is empty"),
-        ({"retain_dataset": []}, "`retain_dataset` is empty"),
-        ({"retain_dataset": None}, "needs `retain_dataset`"),
-        ({"forget_dataset": [{"question": "who ?"}]}, "`forget_dataset` needs the columns"),
-        ({"args": {"max_length": 65}}, "`max_length`=65 is over the model's 64"),
-        ({"args": {"forget_loss": "nop"}}, "`forget_loss` must be one of ga, kl, refusal, random, npo, none"),
-        ({"args": {"retain_loss": "l2"}}, "`retain_loss` must be one of nll, kl, none"),
-        ({"args": {"forget_loss": "none", "retain_loss": "none"}}, "nothing to train on"),
-        ({"args": {"hessian_estimator": "exact"}}, "`hessian_estimator` must be one of gauss_newton_bartlett"),
-        ({"args": {"optim_args": "rho=0.1,lambda=3"}}, "Unknown key 'lambda'.*rho, beta1"),
-        ({"args": {"optim_args": "rho=big"}}, "rho='big'.*no float"),
-        ({"args": {"npo_beta": 0.0}}, "`npo_beta` must be > 0"),
-        ({"args": {"retain_weight": -1.0}}, "`retain_weight` must be >= 0"),
-        ({"args": {"hessian_data": "training"}}, "`hessian_data='training'` squares the training gradient"),
-    ],
-)
-def test_bad_input_is_refused_at_construction(tmp_path, arguments, message):
-    """Would catch a run that dies, or goes wrong silently, an hour after a mistake in its arguments."""
-    from scenes import scene_config
-
-    settings = arguments.pop("args", {})
-    parts = {"forget_dataset": FORGET, "retain_dataset": RETAIN, "processing_class": scene_tokenizer(), **arguments}
-    with pytest.raises(ValueError, match=message):
-        UnlearnTrainer(scene_model(), scene_config(tmp_path, **settings), **parts)
-
-
-def test_rows_on_both_sides_are_counted(tmp_path, caplog):
-    """Would catch rows that are forgotten and retained at once, which no log would show."""
-    with caplog.at_level(logging.WARNING):
-        UnlearnTrainer(
-            scene_model(), UnlearnConfig(output_dir=str(tmp_path)), FORGET, RETAIN + FORGET[:3], scene_tokenizer()
-        )
-    assert "3 rows of `forget_dataset` are rows of `retain_dataset` too" in caplog.text
-
-
 def test_a_tokenizer_without_pad_will_do(tmp_path):
     """Would catch the many tokenizers that have no pad token: the mask comes from lengths, so any token may pad."""
     tokenizer = scene_tokenizer()
@@ -326,3 +260,42 @@ def test_a_callback_added_by_hand_takes_over_in_a_plain_trainer(tmp_path):
     refreshes = {round(float(state["hessian_weight"]), 6) for state in sophia.state.values()}
     assert refreshes == {round(1 - 0.95**2, 6)}
     assert any("curvature/clipped" in entry for entry in trainer.state.log_history)
+
+
+def test_components_are_logged_per_step_whenever_training_began(tmp_path):
+    """Would catch components divided by steps that another run took: after a resume, or in a second `train()`."""
+    settings = {"num_train_epochs": 4, "logging_steps": 3, "forget_loss": "ga", "learning_rate": 0.0}
+    whole = scene_trainer(tmp_path, save_strategy="steps", save_steps=4, **settings)
+    whole.train()
+    expected = logged(whole, "retain_loss")
+    resumed = scene_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    # The model stands still: each step's loss is about the mean, and steps 5 and 6 come instead of 4 to 6.
+    assert logged(resumed, "retain_loss")[1] == pytest.approx(expected[1], rel=0.2)
+    again = scene_trainer(tmp_path / "again", **settings)
+    again.train()
+    again.args.overwrite = True
+    again.train()
+    assert logged(again, "retain_loss")[0] == pytest.approx(expected[0], rel=1e-6)
+
+
+def test_schedules_end_at_the_weight_with_max_steps_too(tmp_path, monkeypatch):
+    """Would catch a retain weight of a multiple of what was asked for, where `max_steps` sets the epochs."""
+    factors = []
+    schedule = RETAIN_WEIGHT_SCHEDULES["linear"]
+    monkeypatch.setitem(
+        RETAIN_WEIGHT_SCHEDULES, "linear", lambda *args: factors.append(schedule(*args)) or factors[-1]
+    )
+    scene_trainer(tmp_path, max_steps=8, num_train_epochs=2, retain_weight_schedule="linear").train()
+    assert factors == [step / 8 for step in range(8)]
+
+
+@pytest.mark.parametrize("estimator", ["gauss_newton_bartlett", "hutchinson"])
+def test_gradient_checkpointing_changes_no_weight(tmp_path, estimator):
+    """Would catch a recomputation under other attention kernels than the forward's, which torch refuses."""
+    final = []
+    for is_on in (False, True):
+        trainer = scene_trainer(tmp_path / str(is_on), hessian_estimator=estimator, gradient_checkpointing=is_on)
+        trainer.train()
+        final.append(weights(trainer.model))
+    assert largest_difference(*final) == 0

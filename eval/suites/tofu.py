@@ -49,6 +49,8 @@ def load_splits(
     """
     from datasets import get_dataset_config_names, load_dataset
 
+    if held_out_rows < 0:
+        raise ValueError(f"`held_out_rows` must be at least 0, but it is {held_out_rows}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, but it is {limit}.")
     known = get_dataset_config_names(dataset)
