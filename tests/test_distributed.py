@@ -108,6 +108,7 @@ try:
     trainer.train()
 except (KeyboardInterrupt, FloatingPointError) as error:
     print(f"rank {{trainer.args.process_index}}: {{type(error).__name__}}: {{error}}", flush=True)
+torch.distributed.destroy_process_group()
 """
 
 
