@@ -108,7 +108,8 @@ try:
     trainer.train()
 except (KeyboardInterrupt, FloatingPointError) as error:
     print(f"rank {{trainer.args.process_index}}: {{type(error).__name__}}: {{error}}", flush=True)
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # torch's own threads now and then abort an orderly exit
 """
 
 
