@@ -72,7 +72,7 @@ def measure(run: dict, corpus: dict, target: str, gold_ratios: np.ndarray) -> di
         trainer = UnlearnTrainer(model, args, corpus["forget"], corpus["retain"], tokenizer)
         trainer.pop_callback(PrinterCallback)
         output = trainer.train()
-    moved = {p: float((p.detach() - before[name]).square().sum()) for name, p in model.named_parameters()}
+    moved = {name: float((p.detach() - before[name]).square().sum()) for name, p in model.named_parameters()}
     quality, statistic = forget_quality(forget_truth_ratios(model, tokenizer, corpus["forget"]), gold_ratios)
     clipped = [log["curvature/clipped"] for log in trainer.state.log_history if "curvature/clipped" in log]
     return {
@@ -80,7 +80,7 @@ def measure(run: dict, corpus: dict, target: str, gold_ratios: np.ndarray) -> di
         "forget_quality": quality,
         "ks_statistic": statistic,
         **{f"{split}_probability": probability(model, tokenizer, corpus[split]) for split in SPLITS},
-        "update_share": update_shares(list(model.named_parameters()), moved.__getitem__),
+        "update_share": update_shares(moved),
         "clipped": clipped[-1] if clipped else None,
         "seconds_per_step": output.metrics["train_runtime"] / trainer.state.global_step,
     }

@@ -15,12 +15,15 @@ from transformers.utils import logging
 from .batch import IGNORE_INDEX
 from .collator import UnlearnCollator
 from .config import SophiaArguments, parse_optim_args
-from .curvature import estimate_hessian, update_shares
-from .engines import Engine, find_sophia, rows_per_forward, save_checkpoint
+from .curvature import describe_step, estimate_hessian, update_shares
+from .engines import Engine, check_estimator, find_sophia, make_engine, rows_per_forward, save_checkpoint
 from .pairing import PairedDataset
 
 
 logger = logging.get_logger(__name__)
+
+# The loss scale of float16 is halved by each: from 2^16, where it starts, to where none is left.
+_MOST_OVERFLOWS = 24
 
 
 class HessianCallback(TrainerCallback, ExportableState):
@@ -54,10 +57,9 @@ class HessianCallback(TrainerCallback, ExportableState):
         if None in self.sources.values():
             raise ValueError(f"`hessian_data={self.settings.hessian_data!r}` needs the argument `forget`.")
         self.trainer = trainer
-        tokenizer = trainer.processing_class
-        self.collate = UnlearnCollator(
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+        self.engine = make_engine(trainer.accelerator, trainer.model)
+        check_estimator(self.settings.hessian_estimator, self.engine)
+        self.collate = UnlearnCollator.for_tokenizer(trainer.processing_class)
         self.refresh_seconds = 0.0
         self.last_refresh: int | None = None
         self.learning_rates: list[float] = []
@@ -78,10 +80,12 @@ class HessianCallback(TrainerCallback, ExportableState):
             return
         for group in sophia.param_groups:
             group["hessian_interval"] = None
-        logger.info(
-            f"Sophia's Hessian: {self.settings.hessian_estimator} on {self.settings.hessian_data} rows, "
-            + (f"every {self.settings.hessian_interval} steps." if self.settings.hessian_interval else "once.")
-        )
+        interval = self.settings.hessian_interval
+        if state.is_world_process_zero:
+            logger.warning(
+                f"Sophia's Hessian: {self.settings.hessian_estimator} on {self.settings.hessian_data} rows, "
+                + (f"every {interval} step(s)." if interval else "once.")
+            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refreshes if this step is due."""
@@ -114,34 +118,20 @@ class HessianCallback(TrainerCallback, ExportableState):
 
     def curvature(self) -> dict[str, float]:
         """The figures of the last step that the class lists."""
-        sophia = find_sophia(self.trainer.optimizer)
-        groups = {
-            param: (group, lr)
-            for group, lr in zip(sophia.param_groups, self.learning_rates)
-            for param in group["params"]
-        }
-        named = [
-            (name, p) for name, p in self.trainer.model.named_parameters() if "exp_avg" in sophia.state.get(p, {})
-        ]
-        clipped, hessian_sum, count, squares = 0.0, 0.0, 0, {}
-        for _, param in named:
-            group, lr = groups[param]
-            direction = sophia.direction(param, group)
-            clipped += float((direction.abs() >= 1).sum())
-            hessian_sum += float(sophia.state[param]["hessian"].sum(dtype=torch.float64))
-            count += direction.numel()
-            squares[param] = lr**2 * float(direction.square().sum())
-        shares = update_shares(named, squares.__getitem__)
+        figures = describe_step(self.trainer.model, self.trainer.optimizer, self.learning_rates, self.engine)
+        totals = {key: sum(row[key] for row in figures.values()) for key in ("count", "clipped", "hessian")}
+        squares = {name: row["squared"] for name, row in figures.items()}
+        shares = update_shares(squares)
         if shares.pop("largest_tensor") > 0.95 and not self.has_warned:
-            name = max(named, key=lambda item: squares[item[1]])[0]
             logger.warning(
-                f"Over 95% of the squared update goes to one tensor, {name}: unlearning edits it, not the model. "
-                "Often rho does not fit the Hessian's scale, or tokens of the forget rows never occur elsewhere."
+                f"Over 95% of the squared update goes to one tensor, {max(squares, key=squares.get)}: unlearning "
+                "edits it, not the model. Often rho does not fit the Hessian's scale, or tokens of the forget rows "
+                "never occur elsewhere."
             )
             self.has_warned = True
         return {
-            "curvature/clipped": clipped / max(count, 1),
-            "curvature/hessian_mean": hessian_sum / max(count, 1),
+            "curvature/clipped": totals["clipped"] / max(totals["count"], 1),
+            "curvature/hessian_mean": totals["hessian"] / max(totals["count"], 1),
             "curvature/refresh_seconds": self.refresh_seconds,
             **{f"curvature/update_share/{part}": share for part, share in shares.items()},
         }
@@ -163,24 +153,30 @@ class HessianCallback(TrainerCallback, ExportableState):
             self._estimate(draw, rows[start : start + size], decay=draw / (draw + 1))
 
     def _estimate(self, draw: int, rows: list[tuple[str, int]], decay: float | None) -> None:
-        trainer, engine = self.trainer, Engine(self.trainer.accelerator)
-        model = trainer.model_wrapped.train()
-        estimate_hessian(
-            model,
-            trainer.optimizer,
-            self._batches(rows, engine),
-            self.settings.hessian_estimator,
-            self.settings.hessian_label_smoothing,
-            seed=trainer.args.seed,
-            draw=draw,
-            decay=decay,
-            engine=engine,
-        )
+        trainer = self.trainer
+        batches = self._batches(rows)
+        trainer.model_wrapped.train()
+        for _ in range(_MOST_OVERFLOWS):
+            is_done = estimate_hessian(
+                trainer.model_wrapped,
+                trainer.optimizer,
+                batches,
+                self.settings.hessian_estimator,
+                self.settings.hessian_label_smoothing,
+                seed=trainer.args.seed,
+                draw=draw,
+                decay=decay,
+                engine=self.engine,
+            )
+            if is_done:
+                return
+        raise FloatingPointError("The gradient of the Hessian refresh overflows float16 at every loss scale.")
 
-    def _batches(self, rows: list[tuple[str, int]], engine: Engine) -> list[dict[str, torch.Tensor]]:
+    def _batches(self, rows: list[tuple[str, int]]) -> list[dict[str, torch.Tensor]]:
         """This process's micro-batches; every process gets as many, filled up with rows that have no label."""
-        items = [{half: self.sources[half][row]} for half, row in engine.share(rows)]
-        num_items = -(-len(rows) // engine.num_processes)
+        num_items = -(-len(rows) // self.engine.num_processes)
+        own = rows[self.engine.process_index :: self.engine.num_processes]
+        items = [{half: self.sources[half][row]} for half, row in own]
         half, row = rows[0]
         blank = self.sources[half][row]
         items += [{half: {**blank, "labels": [IGNORE_INDEX] * len(blank["labels"])}}] * (num_items - len(items))

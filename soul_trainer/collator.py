@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
 
@@ -20,6 +21,11 @@ class UnlearnCollator:
     """
 
     pad_token_id: int
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "UnlearnCollator":
+        """Pads with the tokenizer's padding or, where it has none, with its end of sequence."""
+        return cls(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
     def __call__(self, items: list[dict]) -> ForgetRetainBatch:
         if "input_ids" in items[0]:

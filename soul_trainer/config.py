@@ -109,7 +109,10 @@ def parse_optim_args(optim_args: str | dict | None) -> dict:
                 {"true": True, "false": False}[str(value).lower()] if known[name] is bool else known[name](value)
             )
         except (KeyError, ValueError):
-            raise ValueError(f"`optim_args` has {key}={value!r}, which is no {known[name].__name__}.") from None
+            raise ValueError(
+                f"`optim_args` has {key}={value!r}, which is no {known[name].__name__}; Sophia's keys are "
+                f"{', '.join(known)}."
+            ) from None
     return parsed
 
 

@@ -13,7 +13,7 @@ labels, because each token's loss gets a random sign s_t. Everything random is a
 an estimate does not depend on how its rows are split into batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .batch import IGNORE_INDEX, ForgetRetainBatch
 from .config import HESSIAN_ESTIMATORS, check_choice
 from .engines import Engine, find_sophia
 from .log_probs import CHUNK_TOKENS, shift_labels, token_log_probs
+from .sophia import Sophia
 
 
 def estimate_hessian(
@@ -37,10 +38,11 @@ def estimate_hessian(
     draw: int = 0,
     decay: float | None = None,
     engine: Engine | None = None,
-) -> None:
+) -> bool:
     """
     Makes one estimate over all `batches` and folds it into the optimizer's Hessian. Gradients that were there before
-    are put back, and the global random state is not used.
+    are put back (but DeepSpeed's, under which it must come between two steps), and the global random state is not
+    used.
 
     Args:
         model (`torch.nn.Module`): A causal language model, as it is trained (wrapped by its engine).
@@ -52,7 +54,11 @@ def estimate_hessian(
         seed (`int`, *optional*, defaults to 0): Seed of the run.
         draw (`int`, *optional*, defaults to 0): Number of the estimate within the run.
         decay (`float`, *optional*): Weight of the old average; see [`Sophia.hessian_refresh`].
-        engine ([`Engine`], *optional*): By default one plain process.
+        engine ([`~engines.Engine`], *optional*):
+            From [`~engines.make_engine`]; by default one plain process.
+
+    Returns:
+        `bool`: False if the engine skipped the refresh, because float16 overflowed. Its loss scale is lower now.
 
     Raises:
         ValueError: If the optimizer is not Sophia or no batch has an answer token.
@@ -65,30 +71,26 @@ def estimate_hessian(
     num_tokens = int(engine.sum(sum((shift_labels(b["labels"]) != IGNORE_INDEX).sum() for b in batches)))
     if num_tokens == 0:
         raise ValueError("The rows of the Hessian refresh hold no answer token.")
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    gradients = [p.grad for p in parameters]
-    _set_gradients(parameters, [None] * len(parameters))
-    bad_rows = []
-    try:
+    with engine.gradients_set_aside(optimizer) as parameters:
         if estimator == "hutchinson":
             random = np.random.default_rng((seed, draw))
             bad_rows = _hutchinson_gradients(model, parameters, batches, num_tokens, random, engine)
         else:
+            bad_rows = []
             loss = {"gauss_newton_bartlett": sampled_label_loss, "empirical_fisher": signed_label_loss}[estimator]
             for index, batch in enumerate(batches):
-                with engine.accumulate(model, is_last=index == len(batches) - 1):
+                is_last = index == len(batches) - 1
+                with engine.accumulate(model, is_last):
                     with engine.autocast():
                         logits = _logits(model, batch)
                     losses = loss(logits, batch, answer_uniforms(batch, seed, draw), label_smoothing)
                     bad_rows += _rows_not_finite(losses, batch)
-                    engine.backward(losses.sum() / num_tokens)
+                    engine.backward(losses.sum() / num_tokens, is_last)
         bad_rows = engine.gather(bad_rows)
         if bad_rows:
             raise FloatingPointError(f"The loss of the Hessian refresh is not finite at {', '.join(bad_rows)}.")
         is_direct = estimator == "hutchinson"  # an estimate of the diagonal, not a gradient to be squared
-        engine.refresh(optimizer, 1.0 if is_direct else float(num_tokens), decay, square=not is_direct)
-    finally:
-        _set_gradients(parameters, gradients)
+        return engine.refresh(optimizer, 1.0 if is_direct else float(num_tokens), decay, square=not is_direct)
 
 
 def sampled_label_loss(logits: Tensor, batch: ForgetRetainBatch, uniforms: Tensor, label_smoothing: float) -> Tensor:
@@ -143,26 +145,58 @@ def answer_uniforms(batch: ForgetRetainBatch, seed: int, draw: int) -> Tensor:
     return uniforms.to(is_answer.device)
 
 
-def update_shares(named_parameters: Sequence[tuple[str, Tensor]], squared: Callable[[Tensor], float]) -> dict:
+def update_shares(squares: dict[str, float]) -> dict[str, float]:
     """
     Splits a sum of squares over the parts of a language model.
 
     Args:
-        named_parameters (`Sequence[tuple[str, torch.Tensor]]`): The model's.
-        squared (`Callable`): The squared update of a parameter.
+        squares (`dict[str, float]`): The squared update of each parameter, by its name in the model.
 
     Returns:
         `dict[str, float]`: `embeddings`, `head`, `attention`, `mlp`, `other`, which sum to 1, and `largest_tensor`.
         A head that is tied to the embeddings counts as embeddings.
     """
     sums = dict.fromkeys(("embeddings", "head", "attention", "mlp", "other"), 0.0)
-    largest = 0.0
-    for name, parameter in named_parameters:
-        value = squared(parameter)
-        largest = max(largest, value)
+    for name, value in squares.items():
         sums[_part_of_model(name)] += value
     total = sum(sums.values()) or 1.0
+    largest = max(squares.values(), default=0.0)
     return {**{part: value / total for part, value in sums.items()}, "largest_tensor": largest / total}
+
+
+def describe_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, learning_rates: list[float], engine: Engine
+) -> dict[str, dict[str, float]]:
+    """
+    What the last step did, summed over the processes that hold parts of it.
+
+    Args:
+        model (`torch.nn.Module`): The unwrapped model.
+        optimizer (`torch.optim.Optimizer`): [`Sophia`], or an engine's wrapper of it.
+        learning_rates (`list[float]`): Of its parameter groups, in the last step.
+        engine ([`~engines.Engine`]): That runs the model.
+
+    Returns:
+        `dict[str, dict[str, float]]`: For each trained parameter, by name: `count` of coordinates, how many were
+        `clipped`, the sum of the `hessian`, and the `squared` update.
+    """
+    groups = find_sophia(optimizer).param_groups
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    places = {name: place for place, name in enumerate(names)}
+    sums = torch.zeros(len(names), 4, dtype=torch.float64)
+    for name, group, state in engine.local_states(model, optimizer):
+        direction = Sophia.direction(state, groups[group])
+        figures = (
+            direction.numel(),
+            (direction.abs() >= 1).sum(),
+            state["hessian"].sum(dtype=torch.float64),
+            learning_rates[group] ** 2 * direction.square().sum(),
+        )
+        sums[places[name]] += torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
+    if engine.shards:
+        sums = engine.sum(sums.to(engine.accelerator.device))
+    keys = ("count", "clipped", "hessian", "squared")
+    return {name: dict(zip(keys, row)) for name, row in zip(names, sums.tolist())}
 
 
 def _part_of_model(name: str) -> str:
@@ -179,11 +213,6 @@ def _part_of_model(name: str) -> str:
 
 def _logits(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-
-
-def _set_gradients(parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
 
 
 def _hutchinson_gradients(

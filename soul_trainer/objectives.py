@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .batch import ForgetRetainBatch
+from .batch import IGNORE_INDEX, ForgetRetainBatch
 from .log_probs import shift_labels, token_cross_entropy, token_kl, token_log_probs
 
 
@@ -62,6 +62,26 @@ def split(batch: ForgetRetainBatch, logits: Tensor, reference_logits: Tensor | N
     return part(slice(num_forget)), part(slice(num_forget, None))
 
 
+def count_answers(batch: ForgetRetainBatch, is_repeated: Tensor) -> Tensor:
+    """
+    What a batch adds to the counts that losses are divided by, once repeated rows have lost their labels.
+
+    Args:
+        batch ([`~batch.ForgetRetainBatch`]): Its `labels` are changed in place.
+        is_repeated (`torch.BoolTensor` of shape `(pairs,)`): Pairs of rows that are there only to fill the batch up.
+
+    Returns:
+        `torch.LongTensor` of shape `(2, 2)`: `[[forget tokens, forget rows], [retain tokens, retain rows]]`.
+    """
+    counts = []
+    for rows in (batch["is_forget"], ~batch["is_forget"]):
+        places = rows.nonzero().squeeze(1)
+        batch["labels"][places[is_repeated[: len(places)]]] = IGNORE_INDEX
+        num_tokens = (shift_labels(batch["labels"][places]) != IGNORE_INDEX).sum(1)
+        counts.append(torch.stack([num_tokens.sum(), (num_tokens > 0).sum()]))
+    return torch.stack(counts)
+
+
 @dataclass(frozen=True)
 class Objective:
     """
@@ -81,6 +101,11 @@ class Objective:
     answers: str = "own"
     needs_reference_logits: bool = False
     needs_reference_log_prob: bool = False
+
+    def __call__(self, half: Half, npo_beta: float) -> Tensor:
+        """The loss of each row, `(R,)`: zero where a row has no answer token, as those that fill a batch up."""
+        has_answer = (half.targets != IGNORE_INDEX).any(1)
+        return torch.where(has_answer, self.function(half, npo_beta), 0.0)
 
 
 def nll(half: Half, npo_beta: float) -> Tensor:

@@ -40,21 +40,24 @@ def run_settings(args: UnlearnConfig) -> dict:
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
-def check_unfinished(args: UnlearnConfig) -> None:
-    """Raises a `ValueError` if `output_dir` holds a finished run and `overwrite` is not set."""
-    if (Path(args.output_dir) / RUN_FILE).exists() and not args.overwrite:
+def make_way(args: UnlearnConfig, is_main_process: bool) -> None:
+    """
+    Makes way for a new run in `output_dir`: with `overwrite`, removes a finished run's mark and its checkpoints, which
+    a later resume would take for those of the new run.
+
+    Raises:
+        ValueError: If a finished run is there and `overwrite` is not set.
+    """
+    folder = Path(args.output_dir)
+    if not args.overwrite and (folder / RUN_FILE).exists():
         raise ValueError(
             f"`output_dir`={args.output_dir!r} holds a finished run: set `overwrite=True` (--overwrite) to replace "
             "it, or choose another folder."
         )
-
-
-def clear_previous_run(args: UnlearnConfig) -> None:
-    """Removes a finished run's mark and checkpoints, which a later resume would take for those of the new run."""
-    folder = Path(args.output_dir)
-    (folder / RUN_FILE).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    if args.overwrite and is_main_process:
+        (folder / RUN_FILE).unlink(missing_ok=True)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def record_run(args: UnlearnConfig, metrics: dict[str, float]) -> None:

@@ -5,12 +5,13 @@ What the model said before unlearning, at the least cost in memory.
 |---|---|
 | one number a sequence (NPO) | log-probabilities computed once before training, kept as a column of the forget rows |
 | whole distributions (KL) with an adapter of our own | the same model with the adapter switched off |
-| whole distributions (KL) else | a frozen copy, which shares every tensor that training does not change |
+| whole distributions (KL) else | the weights that training changes, kept, and put in their place for a forward |
+
+The kept weights are this process's part of them, so that they are sharded as the engine shards the model.
 """
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
@@ -28,23 +29,44 @@ class Reference:
     Args:
         model (`torch.nn.Module`): The unwrapped model, before the first step.
         is_fresh_adapter (`bool`): Whether it is a peft model whose adapter has not been trained yet.
+        engine ([`~engines.Engine`]): That runs the model.
     """
 
-    def __init__(self, model: torch.nn.Module, is_fresh_adapter: bool):
+    def __init__(self, model: torch.nn.Module, is_fresh_adapter: bool, engine: Engine):
+        self.model, self.engine = model, engine
+        engine.forget_gathered(model)
         is_silent = is_fresh_adapter and _adds_nothing(model)
-        self.model, self.context = (model, model.disable_adapter) if is_silent else (_frozen(model), nullcontext)
+        self.kept = None if is_silent else [weight.clone() for weight in engine.local_weights(model)]
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """
+        Must not come between a forward of the model in training and its backward.
+
         Args:
             inputs (`dict[str, torch.Tensor]`): The model's arguments, tensors of shape `(rows, tokens)`.
 
         Returns:
             `torch.FloatTensor` of shape `(rows, tokens, vocabulary)`.
         """
-        with self.context(), eval_mode(self.model):
+        context = self.model.disable_adapter() if self.kept is None else self._weights_put_back()
+        with context, eval_mode(self.model):
             return self.model(**inputs, use_cache=False).logits
+
+    @contextmanager
+    def _weights_put_back(self) -> Iterator[None]:
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        self.engine.forget_gathered(self.model)
+        for weight, kept in zip(self.engine.local_weights(self.model), self.kept):
+            now = weight.clone()
+            weight.copy_(kept)
+            kept.copy_(now)
 
 
 @torch.no_grad()
@@ -64,13 +86,13 @@ def add_reference_log_prob(
         model (`torch.nn.Module`): The unwrapped model, before the first step.
         collate (`Callable`): Makes a padded batch of rows.
         batch_size (`int`): Rows in a forward on one process.
-        engine ([`Engine`]): The rows are shared out over its processes.
+        engine ([`~engines.Engine`]): The rows are shared out over its processes.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
         [`~datasets.Dataset`]: `dataset` with the column, float64 numbers of float32 sums, in nats.
     """
-    device = next(model.parameters()).device
+    device = engine.accelerator.device if engine.shards else next(model.parameters()).device
     rows = engine.share(list(range(len(dataset))))
     values = []
     with eval_mode(model), engine.autocast():
@@ -80,7 +102,8 @@ def add_reference_log_prob(
             batch = {key: tensor.to(device) for key, tensor in collate(items).items()}
             logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             values += token_log_probs(logits, shift_labels(batch["labels"])).sum(1).tolist()
-    return dataset.add_column("reference_log_prob", engine.collect(values))
+    engine.forget_gathered(model)
+    return dataset.add_column("reference_log_prob", engine.collect(values, len(dataset)))
 
 
 @contextmanager
@@ -103,9 +126,3 @@ def _adds_nothing(model: torch.nn.Module) -> bool:
         logits = model(ids, use_cache=False).logits
         with model.disable_adapter():
             return torch.equal(logits, model(ids, use_cache=False).logits)
-
-
-def _frozen(model: torch.nn.Module) -> torch.nn.Module:
-    # deepcopy takes what it finds in its memo as already copied: frozen tensors are shared instead of doubled.
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if not tensor.requires_grad}
-    return copy.deepcopy(model, memo=shared).requires_grad_(False)

@@ -1,24 +1,32 @@
 """
-`optim="soul"` in transformers' own tables. With `engines.py`, the only place that touches transformers' internals.
+`optim="soul"` in transformers' own tables. With `engines/`, the only place that touches transformers' internals.
 
-`import soul_trainer` adds two names to `OptimizerNames` and one handler to the table that `Trainer.create_optimizer`
-reads, so that the string works wherever transformers makes an optimizer: any Trainer, any engine.
+`import soul_trainer` adds two names to `OptimizerNames`, one handler to the table that `Trainer.create_optimizer`
+reads, and one callback to those of every Trainer, which does nothing under other optimizers. So the string works
+wherever transformers makes an optimizer: any Trainer, any engine.
 """
 
+import copyreg
+
+from accelerate.state import AcceleratorState
 from aenum import extend_enum
-from transformers import trainer_optimizer
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    trainer,
+    trainer_optimizer,
+)
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from .config import SOPHIA_NAMES, SophiaArguments, parse_optim_args
+from .engines import check_engine, find_sophia, prepare_deepspeed
 from .sophia import Sophia
 
 
-def _sophia_handler(context: trainer_optimizer.OptimizerContext) -> tuple[type[Sophia], dict]:
-    settings = context.args
-    if not isinstance(settings, SophiaArguments):
-        settings = SophiaArguments(**parse_optim_args(context.optim_args))
-        settings.check()
-    return Sophia, {**context.optimizer_kwargs, **settings.optimizer_kwargs()}
+logger = logging.get_logger(__name__)
 
 
 def register() -> None:
@@ -27,3 +35,68 @@ def register() -> None:
         if name not in OptimizerNames._value2member_map_:
             extend_enum(OptimizerNames, name.upper(), name)
         trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _sophia_handler
+    # A process that unpickles our names, as a spawned worker, may not have imported this package yet.
+    copyreg.pickle(OptimizerNames, _reduce_name)
+    if SophiaCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(SophiaCallback)
+
+
+def optimizer_name(value: str) -> OptimizerNames:
+    """The member of transformers' `OptimizerNames`; pickles of ours call it, and so import this package."""
+    return OptimizerNames(value)
+
+
+def _reduce_name(name: OptimizerNames) -> tuple:
+    return (optimizer_name if name.value in SOPHIA_NAMES else OptimizerNames), (name.value,)
+
+
+def _settings(args: TrainingArguments) -> SophiaArguments:
+    if isinstance(args, SophiaArguments):
+        return args
+    settings = SophiaArguments(**parse_optim_args(args.optim_args))
+    settings.check()
+    return settings
+
+
+def _sophia_handler(context: trainer_optimizer.OptimizerContext) -> tuple[type[Sophia], dict]:
+    return Sophia, {**context.optimizer_kwargs, **_settings(context.args).optimizer_kwargs()}
+
+
+class SophiaCallback(TrainerCallback):
+    """
+    In every Trainer that asks for Sophia: refuses what cannot work before training, and says in the first step where
+    the Hessian comes from if no [`HessianCallback`] does.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Checks the settings and the engine."""
+        if args.optim in SOPHIA_NAMES:
+            _settings(args)
+            check_engine(AcceleratorState())
+            prepare_deepspeed(args)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ) -> None:
+        """Says that Sophia refreshes by itself, once other callbacks had their chance to take that over."""
+        sophia = find_sophia(optimizer)
+        interval = sophia and sophia.param_groups[0]["hessian_interval"]
+        if interval and not hasattr(sophia, "has_told") and state.is_world_process_zero:
+            logger.warning(
+                f"Sophia's Hessian: the square of the training gradient, every {interval} step(s). HessianCallback "
+                "would estimate it from labels that the model samples, as the paper does."
+            )
+            sophia.has_told = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ) -> None:
+        """Refuses to take the first step by nothing but signs."""
+        sophia = find_sophia(optimizer)
+        if sophia is None or state.global_step or sophia.param_groups[0]["hessian_interval"]:
+            return
+        if not any(float(held["hessian_weight"]) for held in sophia.state.values()):
+            raise ValueError(
+                "`hessian_interval=0` leaves the Hessian to HessianCallback, and there is none: Sophia would be sign "
+                "descent. Add the callback, or set an interval >= 1."
+            )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -119,15 +120,15 @@ class Sophia(Optimizer):
             self.update_hessian(**self._refresh)
             return loss
         for group, params in self._buckets():
-            states = [self.state[param] for param in params]
             interval = group["hessian_interval"]
-            due = [p for p, state in zip(params, states) if interval and int(state["step"]) % interval == 0]
+            due = [param for param in params if interval and int(self.state[param]["step"]) % interval == 0]
             if due:
                 self._fold(group, due, scale=1.0, decay=group["betas"][1], square=True)
+            states = [_local_state(self.state[param]) for param in params]
             rule = _single_tensor_step if group["foreach"] is False else _multi_tensor_step
-            rule(params, _gradients(group, params), states, group)
-            for state in states:
-                state["step"] += 1
+            rule([_local(param) for param in params], _gradients(group, params), states, group)
+            for param in params:
+                self.state[param]["step"] += 1
         return loss
 
     @contextmanager
@@ -164,21 +165,20 @@ class Sophia(Optimizer):
         for group, params in self._buckets():
             self._fold(group, params, scale, group["betas"][1] if decay is None else decay, square)
 
+    @staticmethod
     @torch.no_grad()
-    def direction(self, param: Tensor, group: dict) -> Tensor | None:
+    def direction(state: dict[str, Tensor], group: dict) -> Tensor:
         """
         The direction of the last step, before the learning rate, from the state that the step left.
 
         Args:
-            param (`torch.Tensor`): A parameter of this optimizer.
+            state (`dict[str, torch.Tensor]`):
+                Of a parameter, or of a part of one: `exp_avg`, `hessian`, `hessian_weight`.
             group (`dict`): The parameter group that it is in.
 
         Returns:
-            `torch.Tensor` of the parameter's shape, in [-1, 1], float32; `None` if the parameter never had a gradient.
+            `torch.Tensor` of the shape of `exp_avg`, in [-1, 1], float32.
         """
-        if "exp_avg" not in self.state.get(param, {}):
-            return None
-        state = self.state[param]
         denominator = state["hessian"].clamp_min(0).mul_(_curvature_scale(group, state)).add_(group["eps"])
         return state["exp_avg"].div(denominator).clamp_(-1, 1)
 
@@ -211,7 +211,7 @@ class Sophia(Optimizer):
                 yield group, params
 
     def _fold(self, group: dict, params: list[Tensor], scale: float, decay: float, square: bool) -> None:
-        states = [self.state[param] for param in params]
+        states = [_local_state(self.state[param]) for param in params]
         hessians = [state["hessian"] for state in states]
         gradients = _gradients(group, params)
         estimates = torch._foreach_mul(gradients, gradients) if square else gradients
@@ -237,8 +237,17 @@ def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds: the rule is one for each coordinate and needs no more."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: _local(value) for key, value in state.items()}
+
+
 def _gradients(group: dict, params: list[Tensor]) -> list[Tensor]:
-    gradients = [param.grad.to(_state_dtype(param)) for param in params]
+    gradients = [_local(param.grad).to(_state_dtype(param)) for param in params]
     return torch._foreach_neg(gradients) if group["maximize"] else gradients
 
 

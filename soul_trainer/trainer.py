@@ -12,21 +12,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from .batch import IGNORE_INDEX, ForgetRetainBatch
+from . import engines
+from .batch import ForgetRetainBatch
 from .callbacks import HessianCallback, InterruptCallback, PairingCallback
 from .collator import UnlearnCollator
 from .config import SOPHIA_NAMES, UnlearnConfig
-from .engines import Engine, save_checkpoint, stop_at_rows
 from .formats import longest_row, prepare
-from .log_probs import shift_labels
-from .objectives import FORGET_LOSSES, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES, l1_norm, split
+from .objectives import FORGET_LOSSES, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES, count_answers, l1_norm, split
 from .pairing import PairedDataset, substitute_answers, warn_of_common_rows
-from .records import add_to_model_card, check_unfinished, clear_previous_run, record_run
+from .records import add_to_model_card, make_way, record_run
 from .reference import Reference, add_reference_log_prob
-from .sophia import Sophia
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
     """
     Makes a causal language model forget some rows and keep others.
 
@@ -66,41 +64,37 @@ class UnlearnTrainer(Trainer):
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         self.has_fresh_adapter = peft_config is not None
-        settings = {"max_length": max_length, "prompt_template": args.prompt_template}
-        self._tokenize = partial(prepare, tokenizer=processing_class, **settings)
+        self._tokenize = partial(
+            prepare, tokenizer=processing_class, max_length=max_length, prompt_template=args.prompt_template
+        )
         forget = self._tokenize(forget_dataset, name="forget_dataset")
         retain = self._tokenize(retain_dataset, name="retain_dataset")
         warn_of_common_rows(forget, retain)
         self.forget_objective = FORGET_LOSSES[args.forget_loss]
         self.retain_objective = RETAIN_LOSSES[args.retain_loss]
-        pad_token_id = processing_class.pad_token_id
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=UnlearnCollator(processing_class.eos_token_id if pad_token_id is None else pad_token_id),
-            train_dataset=PairedDataset(
-                forget,
-                retain,
-                seed=args.data_seed if args.data_seed is not None else args.seed,
-                answers=substitute_answers(self.forget_objective, args.refusal_answers, retain),
-                tokenizer=processing_class,
-                max_length=max_length,
-                with_forget=self.forget_objective is not None,
-                with_retain=self.retain_objective is not None,
-            ),
-            eval_dataset=self._tokenized(eval_dataset) or {"forget": forget, "retain": retain},
-            processing_class=processing_class,
-            **kwargs,
-        )
-        if args.optim in SOPHIA_NAMES and not isinstance(self.optimizer, Sophia | None):
-            raise ValueError(
-                f"`optimizers` is a {type(self.optimizer).__name__}, but `optim` names Sophia: leave one out."
+        with self.resume_allowed(model, args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=UnlearnCollator.for_tokenizer(processing_class),
+                train_dataset=PairedDataset(
+                    forget,
+                    retain,
+                    seed=args.data_seed if args.data_seed is not None else args.seed,
+                    answers=substitute_answers(self.forget_objective, args.refusal_answers, retain),
+                    tokenizer=processing_class,
+                    max_length=max_length,
+                    with_forget=self.forget_objective is not None,
+                    with_retain=self.retain_objective is not None,
+                ),
+                eval_dataset=self._tokenized(eval_dataset) or {"forget": forget, "retain": retain},
+                processing_class=processing_class,
+                **kwargs,
             )
-        if self.compute_loss_func is not None:
-            raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
-        self.engine = Engine(self.accelerator)
+        self.engine = engines.make_engine(self.accelerator, self.model)
+        engines.check_trainer(self, self.engine)
         self.reference: Reference | None = None
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._steps_since_log = 0
@@ -119,15 +113,16 @@ class UnlearnTrainer(Trainer):
             FloatingPointError: If a loss is not finite; the state before the step is saved and the rows are named.
             KeyboardInterrupt: After an interrupt, once its checkpoint is written.
         """
-        if not resume_from_checkpoint:
-            check_unfinished(self.args)
-            if self.args.overwrite and self.is_world_process_zero():
-                clear_previous_run(self.args)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = engines.whole_checkpoint(resume_from_checkpoint, self.args)
+        else:
+            make_way(self.args, self.is_world_process_zero())
             self.accelerator.wait_for_everyone()
         self._component_sums.clear()
         self._steps_since_log = 0
         # Before a checkpoint is loaded: the reference is the model that training began with.
-        self._prepare_reference()
+        if not self.engine.loads_after_prepare:
+            self._prepare_reference()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -135,7 +130,7 @@ class UnlearnTrainer(Trainer):
         if self._interrupt.agree():
             # The signal may have come after the last step's turn to save, as in a callback that evaluates.
             if not Path(f"{self.args.output_dir}/checkpoint-{self.state.global_step}").exists():
-                save_checkpoint(self)
+                engines.save_checkpoint(self)
             raise KeyboardInterrupt("Training was interrupted; resume_from_checkpoint continues it.")
         if self.is_world_process_zero():
             record_run(self.args, output.metrics)
@@ -154,9 +149,8 @@ class UnlearnTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, 2, dtype=torch.long, device=device)
         for batch in batches:
-            num_tokens = (shift_labels(batch["labels"]) != IGNORE_INDEX).sum(1)
-            for half, rows in enumerate((batch["is_forget"], ~batch["is_forget"])):
-                counts[half] += torch.stack([num_tokens[rows].sum(), rows.sum()]).to(device)
+            is_repeated = self.engine.is_repeated(batch, is_last=batch is batches[-1])
+            counts += count_answers(batch, is_repeated).to(device)
         return batches, self.engine.sum(counts)
 
     def compute_loss(
@@ -175,8 +169,9 @@ class UnlearnTrainer(Trainer):
         if "is_forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        reference_logits = self.reference.logits(arguments) if self.reference else None
         outputs = model(**arguments, use_cache=False)
-        halves = split(inputs, outputs.logits, self.reference.logits(arguments) if self.reference else None)
+        halves = split(inputs, outputs.logits, reference_logits)
         schedule = RETAIN_WEIGHT_SCHEDULES[self.args.retain_weight_schedule]
         num_epochs = self.state.num_train_epochs if self.args.max_steps > 0 else self.args.num_train_epochs
         retain_weight = self.args.retain_weight * schedule(self.state.epoch or 0.0, num_epochs)
@@ -188,13 +183,13 @@ class UnlearnTrainer(Trainer):
         ):
             if objective is None:
                 continue
-            row_losses = objective.function(half, self.args.npo_beta)
+            row_losses = objective(half, self.args.npo_beta)
             is_bad = ~row_losses.detach().isfinite()
             bad_rows += [f"row {row} of `{name}_dataset`" for row in half.rows[is_bad].tolist()]
             component = row_losses.sum() / counts[1 if objective.per == "sequence" else 0]
             loss = loss + weight * component
             self._component_sums[f"{name}_loss"] += component.detach()
-        stop_at_rows(self, self.engine, bad_rows)
+        engines.stop_at_rows(self, self.engine, bad_rows)
         if self.args.l1_weight:
             # Once a step, whatever the number of micro-batches and processes.
             share = self.current_gradient_accumulation_steps * self.engine.num_processes
@@ -231,19 +226,25 @@ class UnlearnTrainer(Trainer):
             return {name: self._tokenize(part, name=f"eval_dataset[{name!r}]") for name, part in rows.items()}
         return rows if rows is None or isinstance(rows, str) else self._tokenize(rows, name="eval_dataset")
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As [`~transformers.Trainer`]'s; it comes between the model's preparation and a checkpoint's loading."""
+        if optimizer is None and self.engine.loads_after_prepare:
+            self._prepare_reference()
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _prepare_reference(self) -> None:
         objectives = [objective for objective in (self.forget_objective, self.retain_objective) if objective]
-        dataset = self.train_dataset
-        if any(o.needs_reference_log_prob for o in objectives) and (
-            "reference_log_prob" not in dataset.forget.column_names
+        rows = self.train_dataset
+        if (
+            any(o.needs_reference_log_prob for o in objectives)
+            and "reference_log_prob" not in rows.forget.column_names
         ):
-            dataset.forget = add_reference_log_prob(
-                dataset.forget,
-                self.model,
-                self.data_collator,
-                2 * self.args.per_device_train_batch_size,
-                self.engine,
-                show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
+            batch_size = 2 * self.args.per_device_train_batch_size
+            is_quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+            rows.forget = add_reference_log_prob(
+                rows.forget, self.model, self.data_collator, batch_size, self.engine, not is_quiet
             )
         if self.reference is None and any(o.needs_reference_logits for o in objectives):
-            self.reference = Reference(self.model, self.has_fresh_adapter)
+            self.reference = Reference(self.model, self.has_fresh_adapter, self.engine)

@@ -1,0 +1,62 @@
+"""
+Every branch on the engine that runs the model, and every sum over processes. No other room asks which engine runs.
+
+| file | engine |
+|---|---|
+| `base.py` | one process, DistributedDataParallel |
+| `fsdp.py` | FSDP2, whether accelerate sharded the model or transformers did while loading it |
+| `deepspeed.py` | DeepSpeed ZeRO 1 to 3, with or without CPU offload |
+| `checks.py` | what is refused, with the reason |
+| `checkpoints.py` | which checkpoints can be resumed, and those of sharded models |
+| `hooks.py` | what unlearning does to a [`~transformers.Trainer`] from outside its schedule |
+"""
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.nn import Module
+
+from .base import Engine, find_sophia
+from .checkpoints import ShardedCheckpointMixin, damage_of, whole_checkpoint
+from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
+from .deepspeed import DeepSpeedEngine
+from .fsdp import FSDP2Engine, is_sharded
+from .hooks import rows_per_forward, save_checkpoint, stop_at_rows
+
+
+__all__ = [
+    "Engine",
+    "ShardedCheckpointMixin",
+    "check_engine",
+    "check_estimator",
+    "check_trainer",
+    "damage_of",
+    "find_sophia",
+    "make_engine",
+    "prepare_deepspeed",
+    "rows_per_forward",
+    "save_checkpoint",
+    "stop_at_rows",
+    "whole_checkpoint",
+]
+
+
+def make_engine(accelerator: Accelerator | None = None, model: Module | None = None) -> Engine:
+    """
+    The engine that runs a model.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`], *optional*): The Trainer's. Without, there is one plain process.
+        model (`torch.nn.Module`, *optional*): Says whether transformers sharded it while loading it.
+
+    Raises:
+        ValueError: If the engine is not supported.
+    """
+    if accelerator is None:
+        return Engine()
+    check_engine(accelerator.state)
+    check_rows_are_whole(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedEngine(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP or (model is not None and is_sharded(model)):
+        return FSDP2Engine(accelerator)
+    return Engine(accelerator)

@@ -1,0 +1,191 @@
+"""What unlearning asks of an engine, and the answer of one process and of DistributedDataParallel."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..sophia import Sophia
+
+
+class LocalState(NamedTuple):
+    """
+    What one process holds of Sophia's state of one parameter.
+
+    Attributes:
+        name (`str`): The parameter's, in the model.
+        group (`int`): Its place among the optimizer's parameter groups.
+        state (`dict[str, torch.Tensor]`): `exp_avg` and `hessian`, without padding, and `hessian_weight`.
+    """
+
+    name: str
+    group: int
+    state: dict[str, Tensor]
+
+
+class Engine:
+    """
+    One process, or DistributedDataParallel; [`make_engine`] chooses, and the other engines override what they must.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`], *optional*): The Trainer's. Without, there is one plain process.
+
+    Attributes:
+        shards (`bool`): Whether each process holds a part of the model or of the optimizer alone.
+        loads_after_prepare (`bool`):
+            Whether a checkpoint's weights are loaded after the Trainer has prepared the model, not before.
+    """
+
+    shards = False
+    loads_after_prepare = False
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self.accelerator = accelerator
+        self.num_processes = accelerator.num_processes if accelerator else 1
+        self.process_index = accelerator.process_index if accelerator else 0
+        # Gradients are averaged over processes, so a loss that is divided by a global count is too small by this.
+        self.loss_factor = self.num_processes
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes, on each of them."""
+        return self.accelerator.reduce(tensor, "sum") if self.num_processes > 1 else tensor
+
+    def gather(self, rows: list) -> list:
+        """The elements of every process's list, on each of them; costs one small sum where all are empty."""
+        if self.num_processes == 1:
+            return rows
+        count = torch.tensor(len(rows), device=self.accelerator.device)
+        return gather_object(rows) if self.sum(count) else []
+
+    def share(self, rows: list) -> list:
+        """
+        This process's part of `rows`; [`Engine.collect`] undoes it. Every process gets as many, because a forward of a
+        sharded model needs them all: some get a row a second time.
+        """
+        part = rows[self.process_index :: self.num_processes]
+        return part + rows[: -(-len(rows) // self.num_processes) - len(part)]
+
+    def collect(self, values: list, num_rows: int) -> list:
+        """The values of all processes for the `num_rows` rows that were shared out, in the rows' order."""
+        if self.num_processes == 1:
+            return values
+        return [value for values_there in zip(*gather_object([values])) for value in values_there][:num_rows]
+
+    def is_repeated(self, batch: dict[str, Tensor], is_last: bool) -> Tensor:
+        """
+        Which pairs of rows in a micro-batch are there only to fill it up: where an epoch does not divide evenly,
+        accelerate starts over from its first rows, so that every process gets as many.
+
+        Args:
+            batch ([`~batch.ForgetRetainBatch`]): This process's.
+            is_last (`bool`): Whether it is the last that the data loader gave.
+
+        Returns:
+            `torch.BoolTensor` of shape `(pairs,)`.
+        """
+        num_forget = int(batch["is_forget"].sum())
+        places = torch.arange(max(num_forget, len(batch["is_forget"]) - num_forget), device=batch["labels"].device)
+        state = self.accelerator.gradient_state
+        if self.num_processes == 1 or not is_last or not state.end_of_dataloader or state.remainder <= 0:
+            return torch.zeros_like(places, dtype=torch.bool)
+        return self.process_index * len(places) + places >= state.remainder
+
+    def accumulate(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager:
+        """A context for a micro-batch whose gradients need not be reduced over processes unless `is_last`."""
+        return self.accelerator.no_sync(model) if self.num_processes > 1 and not is_last else nullcontext()
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that the model is trained in."""
+        return self.accelerator.autocast() if self.accelerator else nullcontext()
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """
+        The backward of a loss whose value each process has divided by the global count.
+
+        Args:
+            loss (`torch.FloatTensor` of shape `()`): This process's part of a mean.
+            is_last (`bool`): Whether no further micro-batch follows before [`Engine.refresh`].
+        """
+        loss = loss * self.loss_factor
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            # Accelerate divides by its own accumulation, which the global count already holds.
+            self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Brings gradients of `torch.autograd.grad` to where a backward leaves them: averaged; in float16, scaled."""
+        scaler = self.accelerator.scaler if self.accelerator else None
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            if self.num_processes > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            if scaler is not None:
+                parameter.grad = scaler.scale(parameter.grad)  # not get_scale(): the scale is made here if need be
+
+    @contextmanager
+    def gradients_set_aside(self, optimizer: torch.optim.Optimizer) -> Iterator[list[torch.nn.Parameter]]:
+        """A context in which the optimizer's parameters, which it gives, have no gradients but those made in it."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gradients = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            yield parameters
+        finally:
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+
+    def refresh(self, optimizer: torch.optim.Optimizer, scale: float, decay: float | None, square: bool) -> bool:
+        """
+        Sends the gradients through the engine's own step into the Hessian.
+
+        Returns:
+            `bool`: False if the engine skipped the step, because float16 overflowed: its loss scale is lower now.
+        """
+        sophia = find_sophia(optimizer)
+        if self.accelerator is None:
+            sophia.update_hessian(scale, decay, square)
+            return True
+        state = self.accelerator.gradient_state
+        # At the first micro-batch of an accumulation the Trainer has this off. Left on, it would step alone.
+        sync_gradients = state.sync_gradients
+        state._set_sync_gradients(True)
+        with sophia.hessian_refresh(scale, decay, square):
+            optimizer.step()
+        state._set_sync_gradients(sync_gradients)
+        return not optimizer.step_was_skipped
+
+    def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:
+        """This process's part of Sophia's state of each parameter that has one."""
+        sophia = find_sophia(optimizer)
+        groups = {param: index for index, group in enumerate(sophia.param_groups) for param in group["params"]}
+        for name, param in model.named_parameters():
+            if "exp_avg" in sophia.state.get(param, {}):
+                yield LocalState(name, groups[param], self.local(sophia.state[param]))
+
+    def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of a parameter's state that this process holds."""
+        return state
+
+    def local_weights(self, model: torch.nn.Module) -> Iterable[Tensor]:
+        """
+        The tensors in which this process holds what training changes of the model, in an order that stays. Writing to
+        them changes the model, and no autograd graph hears of it.
+        """
+        return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
+
+    def forget_gathered(self, model: torch.nn.Module) -> None:
+        """Drops whole weights that the engine kept after a forward: the next one reads [`Engine.local_weights`]."""
+
+
+def find_sophia(optimizer: torch.optim.Optimizer | None) -> Sophia | None:
+    """The [`Sophia`] inside the wrappers of an engine, or `None` if another optimizer runs."""
+    while optimizer is not None and not isinstance(optimizer, Sophia):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer

@@ -1,0 +1,123 @@
+"""Checkpoints to resume from: which are whole, and those of a model that transformers sharded while loading it."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from .fsdp import is_sharded
+
+
+logger = logging.get_logger(__name__)
+
+# The Trainer writes this file last.
+_LAST_FILE = "trainer_state.json"
+_SHARDED = "sharded"
+
+
+def whole_checkpoint(resume_from_checkpoint: str | bool, args: TrainingArguments) -> str:
+    """
+    The checkpoint to resume from.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`):
+            A folder; or True, for the newest in `output_dir` that was written to its end. A warning names those that
+            are skipped.
+        args ([`~transformers.TrainingArguments`]): Of the run.
+
+    Raises:
+        ValueError: If the folder was not written to its end, or there is none.
+    """
+    if resume_from_checkpoint is not True:
+        damage = damage_of(resume_from_checkpoint, args.world_size)
+        if damage:
+            raise ValueError(
+                f"`resume_from_checkpoint`={resume_from_checkpoint!r} was not written to its end: {damage}. Name an "
+                "earlier one, or True for the newest that is whole."
+            )
+        return str(resume_from_checkpoint)
+    folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        damage = damage_of(folder, args.world_size)
+        if damage is None:
+            return str(folder)
+        logger.warning(f"{folder} is skipped, because it was not written to its end: {damage}.")
+    raise ValueError(f"`resume_from_checkpoint=True` found no whole checkpoint in {args.output_dir!r}.")
+
+
+def damage_of(folder: str | Path, num_processes: int = 1) -> str | None:
+    """
+    What shows that a checkpoint was not written to its end.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+        num_processes (`int`, *optional*, defaults to 1): Processes that wrote it.
+
+    Returns:
+        `str`: For a message, or `None` if it is whole.
+    """
+    try:
+        json.loads((Path(folder) / _LAST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"it has no {_LAST_FILE} that can be read"
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
+            return f"{path.name} is cut off"
+        if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
+    states = [Path(folder) / f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    is_missing = states[0].exists() and not all(path.exists() for path in states)
+    return "the random state of a process is missing" if is_missing else None
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+class ShardedCheckpointMixin(Trainer):
+    """
+    Exact resume for models that transformers sharded while loading them. The Trainer saves their weights, whole, and
+    refuses to save what else a resume needs; this adds it, each process writing its own part.
+    """
+
+    @contextmanager
+    def resume_allowed(self, model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+        """A context for the Trainer's construction, which would raise at settings that save more than weights."""
+        save_only_model = args.save_only_model
+        args.save_only_model = save_only_model or is_sharded(model)
+        yield
+        args.save_only_model = save_only_model
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or not is_sharded(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        weights, state = get_state_dict(self.model, self.optimizer.optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(output_dir) / _SHARDED)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or not is_sharded(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Else the weights come with the optimizer's state: each process reads its own part of both.
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or not is_sharded(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        sophia = self.optimizer.optimizer
+        weights, state = get_state_dict(self.model, sophia)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=Path(checkpoint) / _SHARDED)
+        set_state_dict(self.model, sophia, model_state_dict=weights, optim_state_dict=state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))

@@ -1,0 +1,110 @@
+"""What is refused: by name, with the reason and the way out, before a model is trained wrongly."""
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainingArguments
+
+from ..config import SOPHIA_NAMES
+from ..sophia import Sophia
+from .base import Engine
+
+
+_ONE_OR_DDP = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def check_engine(state: AcceleratorState) -> None:
+    """Raises a `ValueError` with the reason if Sophia would go wrong under the engine of an accelerator."""
+    if state.distributed_type in _ONE_OR_DDP:
+        return
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        if state.deepspeed_plugin.zero_stage == 0:
+            raise ValueError("ZeRO stage 0 shards nothing: use DistributedDataParallel, or stage 1, 2 or 3.")
+    elif state.distributed_type == DistributedType.FSDP:
+        version = getattr(state.fsdp_plugin, "fsdp_version", 1)
+        if version != 2:
+            raise ValueError(
+                f"FSDP version {version} is not supported, because it gives the optimizer flat parameters without "
+                "names: set `fsdp_version: 2`."
+            )
+    else:
+        raise ValueError(
+            f"The engine {state.distributed_type.value} is not supported: use one process, DistributedDataParallel, "
+            "FSDP2 or DeepSpeed."
+        )
+
+
+def check_rows_are_whole(accelerator: Accelerator) -> None:
+    """Raises a `ValueError` if processes share rows out among them, which the counts of a loss do not know."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if parallel is not None and getattr(parallel, name, 1) > 1:
+            raise ValueError(
+                f"`{name}={getattr(parallel, name)}` lets several processes work on one row, which the counts of the "
+                "losses do not know: leave it at 1, and shard with FSDP2 or ZeRO-3."
+            )
+
+
+def check_estimator(estimator: str, engine: Engine) -> None:
+    """Raises a `ValueError` if an estimator of the Hessian cannot run under an engine."""
+    if estimator == "hutchinson" and engine.shards:
+        raise ValueError(
+            "`hessian_estimator='hutchinson'` differentiates twice, which FSDP2 and DeepSpeed cannot: their weights "
+            "are there for one backward alone. Use gauss_newton_bartlett or empirical_fisher."
+        )
+
+
+def check_trainer(trainer: Trainer, engine: Engine) -> None:
+    """Raises a `ValueError` for arguments of an [`UnlearnTrainer`] that it, or the engine, cannot honour."""
+    args = trainer.args
+    if args.optim in SOPHIA_NAMES and not isinstance(trainer.optimizer, Sophia | None):
+        raise ValueError(
+            f"`optimizers` is a {type(trainer.optimizer).__name__}, but `optim` names Sophia: leave one out."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
+    if args.l1_weight and engine.shards:
+        raise ValueError(
+            "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
+            "process or DistributedDataParallel."
+        )
+
+
+def prepare_deepspeed(args: TrainingArguments) -> None:
+    """
+    Lets DeepSpeed take Sophia, with optimizer states on the CPU too, where accelerate would replace it by an Adam of
+    DeepSpeed's own.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings that name Sophia.
+
+    Raises:
+        ValueError: If the configuration names an optimizer of its own, or keeps states where Sophia cannot step.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    config = plugin.deepspeed_config
+    if "optimizer" in config:
+        raise ValueError(
+            f"`optim={args.optim.value!r}` meets an optimizer in DeepSpeed's configuration, "
+            f"{config['optimizer'].get('type')!r}, which would run in its place: remove `optimizer` from the file."
+        )
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    for name, is_set in (
+        ("zenflow", zero.get("zenflow")),
+        ("offload_optimizer.super_offload", offload.get("super_offload")),
+        ("offload_optimizer.device: nvme", offload.get("device") == "nvme"),
+        ("offload_optimizer.ratio", offload.get("ratio", 1.0) != 1.0),
+        ("torch_autocast", (config.get("torch_autocast") or {}).get("enabled")),
+    ):
+        if is_set:
+            raise ValueError(f"DeepSpeed's `{name}` steps by an optimizer of its own: remove it, or use AdamW.")
+    if offload.get("device", "none") != "none":
+        if config.get("zero_force_ds_cpu_optimizer"):
+            raise ValueError(
+                "`zero_force_ds_cpu_optimizer: true` in DeepSpeed's configuration asks for its own Adam: set it to "
+                "false, which Sophia needs."
+            )
+        config["zero_force_ds_cpu_optimizer"] = False

@@ -1,0 +1,61 @@
+"""
+FSDP2: each process holds a part of every parameter, as a DTensor. Two roads lead there: accelerate shards the model
+when the Trainer prepares it, or transformers does while loading it, `from_pretrained(..., distributed_config=...)`.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .base import Engine
+
+
+class FSDP2Engine(Engine):
+    """
+    FSDP2. A backward reduces and scatters the gradients, and a step is local, so that a refresh needs nothing more.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): The Trainer's.
+    """
+
+    shards = True
+    loads_after_prepare = True
+
+    def accumulate(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager:
+        """Gradients are reduced with every micro-batch: whole ones would take the memory that sharding saves."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Says which micro-batch is the last: an adapter beside a sharded model is averaged by a hook that asks."""
+        state = self.accelerator.gradient_state
+        sync_gradients = state.sync_gradients
+        state._set_sync_gradients(is_last)
+        super().backward(loss, is_last)
+        state._set_sync_gradients(sync_gradients)
+
+    def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The local tensors of a state of DTensors."""
+        return {key: _local(value) for key, value in state.items()}
+
+    def local_weights(self, model: torch.nn.Module) -> Iterable[Tensor]:
+        """The local tensors of the parameters."""
+        return [_local(parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+
+    def forget_gathered(self, model: torch.nn.Module) -> None:
+        """Frees the parameters that a forward left gathered, as those of the last module."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a model has sharded parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
