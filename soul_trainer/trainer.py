@@ -149,7 +149,8 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, 2, dtype=torch.long, device=device)
         for batch in batches:
-            is_repeated = self.engine.is_repeated(batch, is_last=batch is batches[-1])
+            is_last = batch is batches[-1] and not self.args.dataloader_drop_last
+            is_repeated = self.engine.is_repeated(batch, is_last, num_pairs=len(self.train_dataset))
             counts += count_answers(batch, is_repeated).to(device)
         return batches, self.engine.sum(counts)
 

@@ -1,12 +1,16 @@
 """The jobs that every engine must do alike, and the settings of the engines."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from scenes import NAMES, question_rows, scene_model, scene_tokenizer
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.collator import UnlearnCollator
@@ -87,22 +91,99 @@ class Job:
     def trainer(self, model: PreTrainedModel, args: TrainingArguments) -> Trainer:
         tokenizer = scene_tokenizer()
         if not self.is_plain:
-            return UnlearnTrainer(
-                model, args, forget_rows(), retain_rows(), tokenizer, peft_config=self.peft()
-            )
+            return UnlearnTrainer(model, args, forget_rows(), retain_rows(), tokenizer, peft_config=self.peft())
         # Even batches: at an uneven end, a plain Trainer on several processes trains on some rows twice.
         rows = prepare(retain_rows(), tokenizer).select_columns(["input_ids", "labels"])
         return Trainer(model, args, UnlearnCollator.for_tokenizer(tokenizer), rows)
 
 
+def freeze_and_tie(model: PreTrainedModel) -> None:
+    """A frozen layer, and a parameter that no loss reaches; the model's head is tied to its embeddings."""
+    model.get_submodule("model.layers.0").requires_grad_(False)
+    model.unused_bias = torch.nn.Parameter(torch.ones(3))
+
+
+def lora(**settings) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 5}
 JOBS = {
     "npo": Job(),
     "accumulated": Job({"gradient_accumulation_steps": 4, "forget_loss": "ga", "hessian_interval": 4}, micro_batch=2),
     "kl": Job({"forget_loss": "ga", "retain_loss": "kl"}),
     "plain": Job({"optim_args": "rho=10,eps=1e-3,hessian_interval=3"}, is_plain=True),
+    "reentrant": Job({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    "non_reentrant": Job({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+    # With labels that are sampled, a rounding now and then draws another one, and the Hessian jumps.
+    "bf16": Job({"bf16": True, "hessian_estimator": "empirical_fisher"}),
+    "lora": Job({"forget_loss": "ga", "retain_loss": "kl"}, peft=lora),
+    "dora": Job(peft=lambda: lora(use_dora=True)),
+    "frozen": Job(model="tied", prepare=freeze_and_tie),
+    "experts": Job(model="experts", layers=("MixtralDecoderLayer",)),
+    "resumed": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, resumes=True),
+    "resumed_npo": Job({**SAVING, "gradient_accumulation_steps": 2}, micro_batch=2, resumes=True),
 }
+
+
+def world_size(engine: str) -> int:
+    """Processes of an engine: two, or one on a machine with one GPU, which two cannot share."""
+    return 1 if engine == "single" else min(2, torch.cuda.device_count() or 2)
+
+
+def run(engine: str, jobs: tuple[str, ...], folder: Path) -> dict[str, dict]:
+    """Runs jobs under an engine, in one launch, unless another process of the tests has; what each came to."""
+    results = {job: folder / f"{engine}-{job}.pt" for job in jobs}
+    if not all(path.exists() for path in results.values()):
+        save_models(folder / "models")
+        script = Path(__file__).parent / "engine_worker.py"
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size(engine)}"]
+        command = [sys.executable, *([] if engine == "single" else launcher), str(script), engine, str(folder), *jobs]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
+    return {job: torch.load(path, weights_only=True) for job, path in results.items()}
+
+
+def differences(found: dict, expected: dict) -> dict[str, float]:
+    """
+    The largest relative differences between two runs: of the loss over the trajectory, and in norm, of any tensor, of
+    the weights after any step (those after a refresh among them), the final momentum and the final Hessian.
+    """
+    losses = [[entry["loss"] for entry in result["history"] if "loss" in entry] for result in (found, expected)]
+    assert len(losses[0]) == len(losses[1]) == len(found["weights"]) == len(expected["weights"]) == found["steps"]
+    largest_loss = max(abs(loss) for loss in losses[1])
+    return {
+        "loss": max(abs(a - b) for a, b in zip(*losses)) / largest_loss,
+        "weights": max(_difference(a, b) for a, b in zip(found["weights"], expected["weights"])),
+        "momentum": _difference(found["exp_avg"], expected["exp_avg"]),
+        "hessian": _difference(found["hessian"], expected["hessian"]),
+    }
+
+
+def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    # ZeRO keeps a state, of zeros, for parameters that never had a gradient.
+    assert set(expected) <= set(found) and not any(found[name].any() for name in set(found) - set(expected))
+    return max(float((found[name] - value).norm() / value.norm().clamp_min(1e-30)) for name, value in expected.items())
 
 
 def save_models(folder: Path) -> None:
     """The models that the jobs name."""
     scene_model(num_hidden_layers=2).save_pretrained(folder / "llama")
+    scene_model(num_hidden_layers=2, tie_word_embeddings=True).save_pretrained(folder / "tied")
+    config = MixtralConfig(
+        vocab_size=len(scene_tokenizer()),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        MixtralForCausalLM(config).save_pretrained(folder / "experts")

@@ -1,22 +1,22 @@
 """
 Runs the jobs of tests/test_engines.py under one engine, one after another in one launch, and saves what each came to.
 
-    python -m torch.distributed.run --nproc_per_node=2 tests/engine_worker.py ENGINE MODEL_DIR OUTPUT_DIR JOB ...
+    python -m torch.distributed.run --nproc_per_node=2 tests/engine_worker.py ENGINE FOLDER JOB ...
 """
 
 import copy
-import gc
 import os
 import sys
 from pathlib import Path
 
 import torch
-from engine_jobs import DEEPSPEED, JOBS, Job, forget_rows, retain_rows
-from scenes import scene_tokenizer
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from engine_jobs import DEEPSPEED, JOBS, Job
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 
+# Gloo's threads now and then abort a process that tears down the process groups of a trainer that it drops.
+_KEPT = []
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -24,9 +24,11 @@ def take_the_cpu_for_an_accelerator() -> None:
     """Accelerate offers DeepSpeed and FSDP where it finds an accelerator; both run on the CPU as well."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def engine_arguments(engine: str, job: Job) -> dict:
@@ -65,33 +67,33 @@ def whole(model: torch.nn.Module, optimizer, engine: str, what: str | None) -> d
 
 
 class Watch(TrainerCallback):
-    """Keeps the trained weights after each step, and kills the run at a step if it is asked to."""
+    """Keeps the trained weights after each step."""
 
-    def __init__(self, engine: str, job: Job):
-        self.engine, self.job, self.weights = engine, job, []
+    def __init__(self, engine: str):
+        self.engine, self.weights = engine, []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.weights.append(whole(model, optimizer, self.engine, None))
 
 
-def train(engine: str, job: Job, model_dir: str, output_dir: Path, resume: bool = False) -> dict:
+def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = False) -> dict:
     """One run; what it came to."""
     batch = {"per_device_train_batch_size": job.micro_batch // WORLD}
     settings = {**job.settings, **batch, **engine_arguments(engine, job), "output_dir": str(output_dir)}
-    if engine == "fsdp2" and not job.is_plain:
-        settings.pop("save_only_model", None)
     args = job.arguments(**settings)
     options = {"distributed_config": DistributedConfig(fsdp_size=WORLD)} if engine == "fsdp2" else {}
-    model = AutoModelForCausalLM.from_pretrained(f"{model_dir}/{job.model}", dtype=job.dtype(engine), **options)
+    model = AutoModelForCausalLM.from_pretrained(folder / "models" / job.model, dtype=job.dtype(engine), **options)
     job.prepare(model)
     trainer = job.trainer(model, args)
-    watch = Watch(engine, job)
+    watch = Watch(engine)
     trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=f"{output_dir}/checkpoint-5" if resume else None)
     optimizer = trainer.optimizer
     while hasattr(optimizer, "optimizer") and engine not in DEEPSPEED:
         optimizer = optimizer.optimizer
-    history = [{key: entry[key] for key in entry if isinstance(entry[key], float)} for entry in trainer.state.log_history]
+    history = [
+        {key: entry[key] for key in entry if isinstance(entry[key], float)} for entry in trainer.state.log_history
+    ]
     result = {
         "weights": watch.weights,
         "hessian": whole(trainer.model, optimizer, engine, "hessian"),
@@ -99,23 +101,22 @@ def train(engine: str, job: Job, model_dir: str, output_dir: Path, resume: bool 
         "history": [entry for entry in history if "loss" in entry or "curvature/clipped" in entry],
         "steps": trainer.state.global_step,
     }
-    trainer.accelerator.free_memory()
-    del trainer, model, args
-    gc.collect()
+    _KEPT.append(trainer)
     return result
 
 
 def main() -> None:
-    engine, model_dir, output_dir, *names = sys.argv[1:]
+    engine, folder, *names = sys.argv[1:]
+    folder = Path(folder)
     if engine in (*DEEPSPEED, "fsdp2_accelerate") and not torch.cuda.is_available():
         take_the_cpu_for_an_accelerator()
     for name in names:
-        job, folder = JOBS[name], Path(output_dir) / f"{engine}-{name}"
-        result = train(engine, job, model_dir, folder)
+        job, output_dir = JOBS[name], folder / f"{engine}-{name}"
+        result = train(engine, job, folder, output_dir)
         if job.resumes:
-            result["resumed"] = train(engine, job, model_dir, folder, resume=True)
+            result["resumed"] = train(engine, job, folder, output_dir, resume=True)
         if int(os.environ.get("RANK", 0)) == 0:
-            torch.save(result, f"{folder}.pt")
+            torch.save(result, f"{output_dir}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     sys.stdout.flush()

@@ -75,7 +75,7 @@ class Engine:
             return values
         return [value for values_there in zip(*gather_object([values])) for value in values_there][:num_rows]
 
-    def is_repeated(self, batch: dict[str, Tensor], is_last: bool) -> Tensor:
+    def is_repeated(self, batch: dict[str, Tensor], is_last: bool, num_pairs: int) -> Tensor:
         """
         Which pairs of rows in a micro-batch are there only to fill it up: where an epoch does not divide evenly,
         accelerate starts over from its first rows, so that every process gets as many.
@@ -83,16 +83,17 @@ class Engine:
         Args:
             batch ([`~batch.ForgetRetainBatch`]): This process's.
             is_last (`bool`): Whether it is the last that the data loader gave.
+            num_pairs (`int`): Pairs of an epoch.
 
         Returns:
             `torch.BoolTensor` of shape `(pairs,)`.
         """
         num_forget = int(batch["is_forget"].sum())
         places = torch.arange(max(num_forget, len(batch["is_forget"]) - num_forget), device=batch["labels"].device)
-        state = self.accelerator.gradient_state
-        if self.num_processes == 1 or not is_last or not state.end_of_dataloader or state.remainder <= 0:
-            return torch.zeros_like(places, dtype=torch.bool)
-        return self.process_index * len(places) + places >= state.remainder
+        # Accelerate counts the remainder too, but loses it where a resumed epoch skips its first batches.
+        remainder = num_pairs % (len(places) * self.num_processes)
+        is_end = is_last and self.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader
+        return self.process_index * len(places) + places >= (remainder if is_end and remainder else num_pairs)
 
     def accumulate(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager:
         """A context for a micro-batch whose gradients need not be reduced over processes unless `is_last`."""
