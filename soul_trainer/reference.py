@@ -110,7 +110,9 @@ def add_reference_log_prob(
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """A context without dropout that puts every module's own mode back."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        # In evaluation on a CPU, bitsandbytes packs a layer's weights for good, and their product has no gradient.
+        module.training = type(module).__name__ == "Linear4bit"
     try:
         yield
     finally:
