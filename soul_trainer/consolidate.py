@@ -67,6 +67,8 @@ def consolidate(checkpoint: str | Path, output: str | Path) -> None:
     shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns(*_LEFT_BEHIND, *shards))
     if (checkpoint / "rng_state_0.pth").exists():
         shutil.copy(checkpoint / "rng_state_0.pth", temporary / "rng_state.pth")
+    if (checkpoint / "latest").exists():
+        _restore_dropped_groups(temporary / "scheduler.pt")
     _write_weights(contents.weights, temporary)
     torch.save(_numbered(contents), temporary / "optimizer.pt")
     os.replace(temporary, output)
@@ -125,7 +127,7 @@ def _read_zero(checkpoint: Path) -> Contents:
 
 
 def _copy_with_states_for_weights(folder: Path, copy: Path, key: str) -> dict:
-    """Copies a ZeRO checkpoint with one of the optimizer's states for the float32 weights; the optimizer's state_dict."""
+    """Copies ZeRO's files with one of the optimizer's states for the float32 weights; returns its state_dict."""
     copy.mkdir()
     for path in folder.glob("*model_states.pt"):
         (copy / path.name).symlink_to(path.resolve())
@@ -147,6 +149,13 @@ def _numbered(contents: Contents) -> dict:
     numbers = {name: number for number, name in enumerate(n for group in contents.groups for n in group["params"])}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in contents.groups]
     return {"state": {numbers[name]: state for name, state in contents.states.items()}, "param_groups": groups}
+
+
+def _restore_dropped_groups(path: Path) -> None:
+    """The Trainer makes two parameter groups. DeepSpeed drops an empty one, and the schedule then knows of one."""
+    schedule = torch.load(path, weights_only=True)
+    several = {key: value * 2 for key, value in schedule.items() if isinstance(value, list) and len(value) == 1}
+    torch.save({**schedule, **several}, path)
 
 
 def _write_weights(weights: dict[str, Tensor], output: Path) -> None:

@@ -183,7 +183,15 @@ class Sophia(Optimizer):
         return state["exp_avg"].div(denominator).clamp_(-1, 1)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Loads the optimizer's state, in its own dtypes where PyTorch would cast it to the parameter's."""
+        """
+        Loads the optimizer's state, in its own dtypes where PyTorch would cast it to the parameter's. Parameter groups
+        without parameters, which some engines drop, need no match.
+        """
+        saved = [group for group in state_dict["param_groups"] if group["params"]]
+        if len(saved) == sum(bool(group["params"]) for group in self.param_groups):
+            left = iter(saved)
+            groups = [next(left) if group["params"] else {**group, "params": []} for group in self.param_groups]
+            state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]

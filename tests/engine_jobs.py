@@ -117,7 +117,7 @@ JOBS = {
     "non_reentrant": Job({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
     # With labels that are sampled, a rounding now and then draws another one, and the Hessian jumps.
     "bf16": Job({"bf16": True, "hessian_estimator": "empirical_fisher"}),
-    "lora": Job({"forget_loss": "ga", "retain_loss": "kl"}, peft=lora),
+    "lora": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, peft=lora, resumes=True),
     "dora": Job(peft=lambda: lora(use_dora=True)),
     "frozen": Job(model="tied", prepare=freeze_and_tie),
     "experts": Job(model="experts", layers=("MixtralDecoderLayer",)),
@@ -143,20 +143,23 @@ def run(engine: str, jobs: tuple[str, ...], folder: Path) -> dict[str, dict]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
-    return {job: torch.load(path, weights_only=True) for job, path in results.items()}
+    return {
+        job: torch.load(path, weights_only=True) | {"folder": path.with_suffix("")} for job, path in results.items()
+    }
 
 
 def differences(found: dict, expected: dict) -> dict[str, float]:
     """
     The largest relative differences between two runs: of the loss over the trajectory, and in norm, of any tensor, of
-    the weights after any step (those after a refresh among them), the final momentum and the final Hessian.
+    the weights after any step (those after a refresh among them; where a run was resumed, those since), the final
+    momentum and the final Hessian.
     """
     losses = [[entry["loss"] for entry in result["history"] if "loss" in entry] for result in (found, expected)]
-    assert len(losses[0]) == len(losses[1]) == len(found["weights"]) == len(expected["weights"]) == found["steps"]
+    assert len(losses[0]) == len(losses[1]) == found["steps"] == expected["steps"]
     largest_loss = max(abs(loss) for loss in losses[1])
     return {
         "loss": max(abs(a - b) for a, b in zip(*losses)) / largest_loss,
-        "weights": max(_difference(a, b) for a, b in zip(found["weights"], expected["weights"])),
+        "weights": max(_difference(a, b) for a, b in zip(found["weights"][::-1], expected["weights"][::-1])),
         "momentum": _difference(found["exp_avg"], expected["exp_avg"]),
         "hessian": _difference(found["hessian"], expected["hessian"]),
     }

@@ -7,7 +7,10 @@ batch whose repeated rows must not count, and processes whose rows have differen
 
 import pytest
 from engine_jobs import DEEPSPEED, JOBS, differences, run
+from engine_worker import train
 from filelock import FileLock
+
+from soul_trainer.consolidate import consolidate
 
 
 ENGINES = ("ddp", "fsdp2", "fsdp2_accelerate", *DEEPSPEED)
@@ -53,9 +56,9 @@ def test_an_engine_follows_one_process(outcomes, engine, job):
     uneven end; a reference that moves; states of other parameters; and logs of one process's part alone.
     """
     found, expected = outcomes(engine)[job], outcomes("single")[job]
+    assert len(found["weights"]) == len(expected["weights"]) == 12
     limits = SAME_BF16 if JOBS[job].changes.get("bf16") else dict.fromkeys(SAME_BF16, SAME_SUMS)
     measured = differences(found, expected)
-    assert found["steps"] == 12
     assert not {name: value for name, value in measured.items() if value > limits[name]}
     for entry, wanted in zip(found["history"], expected["history"], strict=True):
         for name in set(entry) - {"curvature/refresh_seconds", "loss"}:
@@ -86,3 +89,21 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_engine(outcomes, engi
         assert resumed["hessian"][name].equal(value), name
     for before, after in zip(whole["weights"][-7:], resumed["weights"], strict=True):
         assert all(after[name].equal(value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("engine", "job"),
+    [
+        pytest.param(engine, job, marks=pytest.mark.xdist_group(engine), id=f"{engine}-{job}")
+        for engine in ENGINES
+        if engine != "ddp"
+        for job in ("resumed", "lora")
+    ],
+)
+def test_a_checkpoint_of_several_processes_goes_on_in_one(outcomes, tmp_path, engine, job):
+    """Would catch weights, momentum or Hessian that are put together wrongly, or an optimizer in another order."""
+    folder = outcomes(engine)[job]["folder"]
+    consolidate(folder / "checkpoint-5", tmp_path / "checkpoint-5")
+    resumed = train("single", JOBS[job], folder.parent, tmp_path, resume=True)
+    assert len(resumed["weights"]) == 7
+    assert max(differences(resumed, outcomes("single")[job]).values()) < SAME_SUMS

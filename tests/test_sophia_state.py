@@ -301,3 +301,18 @@ def test_copies_of_the_optimizer_go_on_as_it_does(copied):
     train(params, optimizer, range(5, 10))
     train(twins, twin, range(5, 10))
     assert_same(snapshot(twins, twin), snapshot(params, optimizer))
+
+
+def test_groups_without_parameters_need_no_match():
+    """Would catch a checkpoint that one process cannot load because DeepSpeed, which saved it, drops empty groups."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    saving = Sophia([{"params": [weight], "weight_decay": 0.1}])
+    weight.grad = torch.ones(3)
+    saving.step()
+    loading = Sophia([{"params": []}, {"params": [torch.nn.Parameter(torch.ones(3))], "weight_decay": 0.3}])
+    loading.load_state_dict(saving.state_dict())
+    assert [group["weight_decay"] for group in loading.param_groups] == [0.0, 0.1]
+    (state,) = loading.state.values()
+    assert torch.equal(state["exp_avg"], saving.state[weight]["exp_avg"])
+    with pytest.raises(ValueError, match="parameter group"):
+        Sophia([torch.nn.Parameter(torch.ones(3))]).load_state_dict(loading.state_dict() | {"param_groups": []})
