@@ -9,7 +9,7 @@ tofu: $(VENV)/ready
 	$(VENV)/bin/accelerate launch recipes/tofu.py $(ARGS)
 
 test: $(VENV)/ready lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -20,5 +20,5 @@ lint: $(VENV)/ready
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[eval,test]"
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@

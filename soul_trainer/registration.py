@@ -8,6 +8,7 @@ wherever transformers makes an optimizer: any Trainer, any engine.
 
 import copyreg
 
+import torch
 from accelerate.state import AcceleratorState
 from aenum import extend_enum
 from transformers import (
@@ -27,6 +28,8 @@ from .sophia import Sophia
 
 
 logger = logging.get_logger(__name__)
+
+_SHORT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def register() -> None:
@@ -68,6 +71,9 @@ class SophiaCallback(TrainerCallback):
     the Hessian comes from if no [`HessianCallback`] does.
     """
 
+    def __init__(self):
+        self.has_told = False
+
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Checks the settings and the engine."""
         if args.optim in SOPHIA_NAMES:
@@ -78,15 +84,23 @@ class SophiaCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ) -> None:
-        """Says that Sophia refreshes by itself, once other callbacks had their chance to take that over."""
+        """Says what Sophia does by itself, once other callbacks had their chance to take that over."""
         sophia = find_sophia(optimizer)
-        interval = sophia and sophia.param_groups[0]["hessian_interval"]
-        if interval and not hasattr(sophia, "has_told") and state.is_world_process_zero:
+        if sophia is None or self.has_told or not state.is_world_process_zero:
+            return
+        self.has_told = True
+        interval = sophia.param_groups[0]["hessian_interval"]
+        if interval:
             logger.warning(
                 f"Sophia's Hessian: the square of the training gradient, every {interval} step(s). HessianCallback "
                 "would estimate it from labels that the model samples, as the paper does."
             )
-            sophia.has_told = True
+        if any(param.dtype in _SHORT_DTYPES for group in sophia.param_groups for param in group["params"]):
+            logger.warning(
+                "The weights that Sophia steps are in 16 bits, and a step under half a unit in their last place is "
+                "lost: of a weight of 0.02 in bfloat16, any under 6e-5. Load the model with dtype=torch.float32, and "
+                "set bf16=True for the speed."
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs

@@ -185,8 +185,7 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             if objective is None:
                 continue
             row_losses = objective(half, self.args.npo_beta)
-            is_bad = ~row_losses.detach().isfinite()
-            bad_rows += [f"row {row} of `{name}_dataset`" for row in half.rows[is_bad].tolist()]
+            bad_rows += [f"row {row} of `{name}_dataset`" for row in half.rows[~row_losses.isfinite()].tolist()]
             component = row_losses.sum() / counts[1 if objective.per == "sequence" else 0]
             loss = loss + weight * component
             self._component_sums[f"{name}_loss"] += component.detach()

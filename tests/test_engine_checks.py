@@ -3,12 +3,23 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import DistributedType, ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin
+from peft import LoraConfig
 from scenes import scene_model, scene_trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
-from soul_trainer.engines import Engine, check_engine, check_estimator, check_rows_are_whole, prepare_deepspeed
+from soul_trainer.engines import (
+    Engine,
+    check_engine,
+    check_estimator,
+    check_rows_are_whole,
+    check_trainer,
+    prepare_deepspeed,
+)
 from soul_trainer.engines.fsdp import FSDP2Engine
 
 
@@ -85,6 +96,27 @@ def test_estimators_and_losses_that_need_whole_weights_are_refused(tmp_path, mon
     monkeypatch.setattr(Engine, "shards", True)
     with pytest.raises(ValueError, match="`l1_weight` sums whole parameters"):
         scene_trainer(tmp_path, l1_weight=0.1)
+
+
+@pytest.fixture
+def sharded_weight():
+    """A parameter that FSDP2 holds, in a world of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    torch.distributed.destroy_process_group()
+
+
+def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_weight):
+    """Would catch peft's own error about mixed tensors, deep in the first forward."""
+    model = torch.nn.Module()
+    model.weight, model.peft_config = sharded_weight, {"default": LoraConfig(use_dora=True)}
+    args = SimpleNamespace(optim="soul", l1_weight=0.0)
+    trainer = SimpleNamespace(args=args, optimizer=None, compute_loss_func=None, model=model)
+    with pytest.raises(ValueError, match="leave `use_dora` out"):
+        check_trainer(trainer, Engine())
+    model.peft_config = {"default": LoraConfig()}
+    check_trainer(trainer, Engine())
 
 
 def test_a_plain_trainer_is_checked_at_construction(tmp_path):

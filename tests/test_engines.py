@@ -5,36 +5,41 @@ Each engine runs all jobs of engine_jobs.py in one launch: 12 steps with 4 or 3 
 batch whose repeated rows must not count, and processes whose rows have different lengths.
 """
 
+import os
+
 import pytest
 from engine_jobs import DEEPSPEED, JOBS, differences, run
+from engine_table import ENGINES, jobs_of
 from engine_worker import train
 from filelock import FileLock
 
 from soul_trainer.consolidate import consolidate
 
 
-ENGINES = ("ddp", "fsdp2", "fsdp2_accelerate", *DEEPSPEED)
 # Float32 sums of gradients in another order differ by 1e-7, which 12 steps and a square amplify to 1e-6.
 SAME_SUMS = 1e-5
 # Bfloat16 keeps 8 bits: 4e-3 a rounding, of which each weight's gradient sees several.
 SAME_BF16 = {"loss": 1e-2, "weights": 3e-2, "momentum": 1e-1, "hessian": 1e-1}
-# DoRA asks for the norm of whole weights, which transformers' own sharding does not give it: refused, see below.
-LEFT_OUT = {("fsdp2", "dora")}
 
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory):
     """What an engine's jobs came to; each engine is launched once, whichever test process asks first."""
-    folder = tmp_path_factory.getbasetemp().parent / "engines"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "engines"
     known = {}
 
     def of(engine: str) -> dict[str, dict]:
         if engine in DEEPSPEED:
             pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
         if engine not in known:
-            jobs = tuple(job for job in JOBS if (engine, job) not in LEFT_OUT)
             with FileLock(f"{folder}-{engine}.lock"):
-                known[engine] = run(engine, jobs, folder / engine)
+                try:
+                    known[engine] = run(engine, jobs_of(engine), folder / engine)
+                except AssertionError as error:
+                    known[engine] = error
+        if isinstance(known[engine], AssertionError):
+            raise known[engine]
         return known[engine]
 
     return of
@@ -45,8 +50,7 @@ def outcomes(tmp_path_factory):
     [
         pytest.param(engine, job, marks=pytest.mark.xdist_group(engine), id=f"{engine}-{job}")
         for engine in ENGINES
-        for job in JOBS
-        if (engine, job) not in LEFT_OUT
+        for job in jobs_of(engine)
     ],
 )
 def test_an_engine_follows_one_process(outcomes, engine, job):

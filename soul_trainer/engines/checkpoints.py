@@ -97,8 +97,10 @@ class ShardedCheckpointMixin(Trainer):
         """A context for the Trainer's construction, which would raise at settings that save more than weights."""
         save_only_model = args.save_only_model
         args.save_only_model = save_only_model or is_sharded(model)
-        yield
-        args.save_only_model = save_only_model
+        try:
+            yield
+        finally:
+            args.save_only_model = save_only_model
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled or not is_sharded(self.model):

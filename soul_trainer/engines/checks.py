@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 from ..config import SOPHIA_NAMES
 from ..sophia import Sophia
 from .base import Engine
+from .fsdp import is_sharded
 
 
 _ONE_OR_DDP = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -63,6 +64,12 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         )
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    if is_sharded(trainer.model) and any(getattr(adapter, "use_dora", False) for adapter in adapters):
+        raise ValueError(
+            "DoRA takes the norm of whole weights, which a model that transformers sharded while loading it does not "
+            "have: leave `use_dora` out, or let accelerate shard it (FSDP2 in its configuration), or DeepSpeed."
+        )
     if args.l1_weight and engine.shards:
         raise ValueError(
             "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
