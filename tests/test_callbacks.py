@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from scenes import logged, scene_model, scene_trainer
+from transformers import TrainerCallback
 
 from soul_trainer import HessianCallback
 from soul_trainer.curvature import estimate_hessian
@@ -99,4 +100,39 @@ def test_another_optimizer_has_no_hessian_to_refresh(tmp_path):
     trainer = scene_trainer(tmp_path, optim="adamw_torch")
     trainer.add_callback(HessianCallback(trainer, trainer.train_dataset.retain))
     with pytest.raises(ValueError, match="needs `optim='soul'`"):
+        trainer.train()
+
+
+class HessianOfTheFirstStep(TrainerCallback):
+    """Keeps the Hessian that the first step has."""
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 0:
+            states = find_sophia(optimizer).state.values()
+            self.hessian = [held["hessian"].clone() for held in states]
+            self.weights = {float(held["hessian_weight"]) for held in states}
+
+
+def test_a_refresh_that_overflows_is_taken_again_at_a_lower_scale(tmp_path):
+    """Would catch a first step without a Hessian, sign descent, because float16's first loss scale was too high."""
+    kept = []
+    for scale in (None, 2.0**127):
+        trainer = scene_trainer(tmp_path / str(scale), scene_model(initializer_range=0.5), max_steps=1)
+        if scale:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        kept.append(HessianOfTheFirstStep())
+        trainer.add_callback(kept[-1])
+        trainer.train()
+    assert trainer.accelerator.scaler.get_scale() <= 2.0**126
+    assert kept[0].weights == kept[1].weights and kept[0].weights.pop() == pytest.approx(0.05)
+    # A scale that is a power of two changes no bit but of numbers near 0.
+    for plain, scaled in zip(kept[0].hessian, kept[1].hessian, strict=True):
+        assert torch.allclose(plain, scaled, rtol=1e-6, atol=0.0)
+
+
+def test_a_refresh_that_overflows_at_every_scale_stops_the_run(tmp_path):
+    """Would catch a loop without end, and training that goes on without a Hessian."""
+    trainer = scene_trainer(tmp_path, scene_model(initializer_range=0.5), max_steps=1)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=0.999999)
+    with pytest.raises(FloatingPointError, match="overflows float16 at every loss scale.*holds the state before it"):
         trainer.train()
