@@ -188,3 +188,15 @@ def test_hyperparameter_search_runs_every_trial_with_sophia(tmp_path):
     assert len(seen) == 4 and len({lr for lr, _, _ in seen}) == 4
     assert {rho for _, rho, _ in seen} <= {0.5, 5.0} and {states for _, _, states in seen} == {seen[0][2]} != {0}
     assert set(best.hyperparameters) == {"learning_rate", "optim_args"}
+
+
+def test_another_optimizer_may_wrap_itself(tmp_path):
+    """Would catch our callback, which is in every Trainer, looking for Sophia for ever."""
+
+    class Circle(torch.optim.SGD):
+        @property
+        def optimizer(self):
+            return self
+
+    assert find_sophia(Circle([torch.nn.Parameter(torch.ones(1))], lr=1.0)) is None
+    assert find_sophia(None) is None

@@ -92,7 +92,8 @@ class Engine:
         places = torch.arange(max(num_forget, len(batch["is_forget"]) - num_forget), device=batch["labels"].device)
         # Accelerate counts the remainder too, but loses it where a resumed epoch skips its first batches.
         remainder = num_pairs % (len(places) * self.num_processes)
-        is_end = is_last and self.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader
+        fills_up = is_last and self.num_processes > 1 and self.accelerator.even_batches
+        is_end = fills_up and self.accelerator.gradient_state.end_of_dataloader
         return self.process_index * len(places) + places >= (remainder if is_end and remainder else num_pairs)
 
     def accumulate(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager:
@@ -187,6 +188,8 @@ class Engine:
 
 def find_sophia(optimizer: torch.optim.Optimizer | None) -> Sophia | None:
     """The [`Sophia`] inside the wrappers of an engine, or `None` if another optimizer runs."""
-    while optimizer is not None and not isinstance(optimizer, Sophia):
+    wrappers = []  # which a foreign optimizer may have in a circle
+    while not isinstance(optimizer, Sophia | None) and optimizer not in wrappers:
+        wrappers.append(optimizer)
         optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    return optimizer if isinstance(optimizer, Sophia) else None

@@ -18,8 +18,13 @@ from .fsdp import is_sharded
 
 logger = logging.get_logger(__name__)
 
-# The Trainer writes this file last.
+# The Trainer's first process writes this file last.
 _LAST_FILE = "trainer_state.json"
+# Written by torch.save, as zip archives, whose directory is at the end.
+_ARCHIVES = (
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin"),
+    *("pytorch_model*.bin", "*_states.pt"),
+)
 _SHARDED = "sharded"
 
 
@@ -37,7 +42,7 @@ def whole_checkpoint(resume_from_checkpoint: str | bool, args: TrainingArguments
         ValueError: If the folder was not written to its end, or there is none.
     """
     if resume_from_checkpoint is not True:
-        damage = damage_of(resume_from_checkpoint, args.world_size)
+        damage = damage_of(resume_from_checkpoint)
         if damage:
             raise ValueError(
                 f"`resume_from_checkpoint`={resume_from_checkpoint!r} was not written to its end: {damage}. Name an "
@@ -46,20 +51,19 @@ def whole_checkpoint(resume_from_checkpoint: str | bool, args: TrainingArguments
         return str(resume_from_checkpoint)
     folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        damage = damage_of(folder, args.world_size)
+        damage = damage_of(folder)
         if damage is None:
             return str(folder)
         logger.warning(f"{folder} is skipped, because it was not written to its end: {damage}.")
     raise ValueError(f"`resume_from_checkpoint=True` found no whole checkpoint in {args.output_dir!r}.")
 
 
-def damage_of(folder: str | Path, num_processes: int = 1) -> str | None:
+def damage_of(folder: str | Path) -> str | None:
     """
     What shows that a checkpoint was not written to its end.
 
     Args:
         folder (`str` or `Path`): The checkpoint.
-        num_processes (`int`, *optional*, defaults to 1): Processes that wrote it.
 
     Returns:
         `str`: For a message, or `None` if it is whole.
@@ -68,14 +72,9 @@ def damage_of(folder: str | Path, num_processes: int = 1) -> str | None:
         json.loads((Path(folder) / _LAST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"it has no {_LAST_FILE} that can be read"
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix == ".safetensors" and not _is_whole_safetensors(path):
-            return f"{path.name} is cut off"
-        if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-            return f"{path.name} is cut off"
-    states = [Path(folder) / f"rng_state_{rank}.pth" for rank in range(num_processes)]
-    is_missing = states[0].exists() and not all(path.exists() for path in states)
-    return "the random state of a process is missing" if is_missing else None
+    safetensors = [path for path in Path(folder).rglob("*.safetensors") if not _is_whole_safetensors(path)]
+    archives = [path for pattern in _ARCHIVES for path in Path(folder).rglob(pattern) if not zipfile.is_zipfile(path)]
+    return next((f"{path.name} is cut off" for path in (*safetensors, *archives)), None)
 
 
 def _is_whole_safetensors(path: Path) -> bool:
@@ -89,7 +88,8 @@ def _is_whole_safetensors(path: Path) -> bool:
 class ShardedCheckpointMixin(Trainer):
     """
     Exact resume for models that transformers sharded while loading them. The Trainer saves their weights, whole, and
-    refuses to save what else a resume needs; this adds it, each process writing its own part.
+    refuses to save what else a resume needs; this adds it, each process writing its own part. Under every engine, the
+    file that is written last comes after those of all processes.
     """
 
     @contextmanager
@@ -109,6 +109,11 @@ class ShardedCheckpointMixin(Trainer):
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(output_dir) / _SHARDED)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # So that the first process's last file says that all processes have written theirs.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not is_sharded(self.model):
