@@ -207,13 +207,17 @@ class Sophia(Optimizer):
         """Parameters that have a gradient, by group and by what one multi-tensor kernel can take; their state made."""
         if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
             raise TypeError("Sophia needs dense gradients: build the embedding with `sparse=False`.")
+        # PyTorch's distributed checkpoints want a state of each parameter, even of one that never has a gradient.
+        is_sharded = any(isinstance(param, DTensor) for group in self.param_groups for param in group["params"])
         for group in self.param_groups:
             buckets = defaultdict(list)
             for param in group["params"]:
-                if param.grad is None:
+                if param.grad is None and not is_sharded:
                     continue
                 if len(self.state[param]) == 0:
                     self.state[param] = _new_state(param)
+                if param.grad is None:
+                    continue
                 buckets[type(param.grad), param.device, param.dtype].append(param)
             for params in buckets.values():
                 yield group, params

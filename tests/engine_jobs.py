@@ -119,7 +119,12 @@ JOBS = {
     "bf16": Job({"bf16": True, "hessian_estimator": "empirical_fisher"}),
     "lora": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, peft=lora, resumes=True),
     "dora": Job(peft=lambda: lora(use_dora=True)),
-    "frozen": Job(model="tied", prepare=freeze_and_tie),
+    "frozen": Job(
+        {**SAVING, "forget_loss": "ga", "retain_loss": "kl", "eval_strategy": "steps", "eval_steps": 5},
+        model="tied",
+        prepare=freeze_and_tie,
+        resumes=True,
+    ),
     "experts": Job(model="experts", layers=("MixtralDecoderLayer",)),
     "resumed": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, resumes=True),
     "resumed_npo": Job({**SAVING, "gradient_accumulation_steps": 2}, micro_batch=2, resumes=True),

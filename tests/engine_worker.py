@@ -14,6 +14,8 @@ from engine_jobs import DEEPSPEED, JOBS, Job
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
+from soul_trainer.engines.fsdp import reshard
+
 
 # Gloo's threads now and then abort a process that tears down the process groups of a trainer that it drops.
 _KEPT = []
@@ -52,6 +54,7 @@ def whole(model: torch.nn.Module, optimizer, engine: str, what: str | None) -> d
             zero._lazy_init_hp_params_optimizer_state()
 
     found = {}
+    reshard(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -43,6 +43,7 @@ def zero(stage=2, **offload):
         (zero(3, device="cpu", ratio=0.5), "offload_optimizer.ratio"),
         (zero(3, device="cpu", super_offload=True), "super_offload"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({**zero(device="cpu"), "zero_force_ds_cpu_optimizer": True}, "asks for its own Adam: set it to false"),
     ],
 )

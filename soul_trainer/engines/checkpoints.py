@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from .fsdp import is_sharded
+from .fsdp import is_sharded, reshard
 
 
 logger = logging.get_logger(__name__)
@@ -103,6 +103,7 @@ class ShardedCheckpointMixin(Trainer):
             args.save_only_model = save_only_model
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        reshard(self.model)
         if self.is_fsdp_enabled or not is_sharded(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
         weights, state = get_state_dict(self.model, self.optimizer.optimizer)

@@ -108,6 +108,11 @@ def prepare_deepspeed(args: TrainingArguments) -> None:
     ):
         if is_set:
             raise ValueError(f"DeepSpeed's `{name}` steps by an optimizer of its own: remove it, or use AdamW.")
+    if zero.get("round_robin_gradients"):
+        raise ValueError(
+            "DeepSpeed's `round_robin_gradients` reorders partitions so that no one can tell whose states are where: "
+            "set it to false."
+        )
     if offload.get("device", "none") != "none":
         if config.get("zero_force_ds_cpu_optimizer"):
             raise ValueError(

@@ -3,7 +3,7 @@ FSDP2: each process holds a part of every parameter, as a DTensor. Two roads lea
 when the Trainer prepares it, or transformers does while loading it, `from_pretrained(..., distributed_config=...)`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .base import Engine
+from .base import Engine, LocalState
 
 
 class FSDP2Engine(Engine):
@@ -45,11 +45,21 @@ class FSDP2Engine(Engine):
         """The local tensors of the parameters."""
         return [_local(parameter.data) for parameter in model.parameters() if parameter.requires_grad]
 
+    def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:
+        """As one process's, of the sharded parameters, which are those of the optimizer."""
+        reshard(model)
+        return super().local_states(model, optimizer)
+
     def forget_gathered(self, model: torch.nn.Module) -> None:
         """Frees the parameters that a forward left gathered, as those of the last module."""
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Puts the sharded parameters back where a forward without a backward left whole ones, as evaluation does."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
