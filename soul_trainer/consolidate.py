@@ -11,6 +11,7 @@ it. The random states of the other processes are left behind: with dropout, the 
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -94,7 +96,8 @@ def _read(checkpoint: Path) -> Contents:
 
 
 def _read_dcp(folder: Path) -> dict:
-    with tempfile.TemporaryDirectory() as scratch:
+    # Beside the checkpoint, not in /tmp, which is often memory.
+    with tempfile.TemporaryDirectory(dir=folder.parent.parent) as scratch:
         dcp_to_torch_save(folder, f"{scratch}/whole.pt")
         return torch.load(f"{scratch}/whole.pt", weights_only=True)
 
@@ -107,7 +110,6 @@ def _read_zero(checkpoint: Path) -> Contents:
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint, tag)
     merged = {}
     for key in _STATES:
-        # Beside the checkpoint, not in /tmp, which is often memory.
         with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
             optimizer = _copy_with_states_for_weights(checkpoint / tag, Path(scratch) / tag, key)
             merged[key] = get_fp32_state_dict_from_zero_checkpoint(scratch, tag, exclude_frozen_parameters=True)
@@ -154,16 +156,14 @@ def _numbered(contents: Contents) -> dict:
 def _restore_dropped_groups(path: Path) -> None:
     """The Trainer makes two parameter groups. DeepSpeed drops an empty one, and the schedule then knows of one."""
     schedule = torch.load(path, weights_only=True)
-    several = {key: value * 2 for key, value in schedule.items() if isinstance(value, list) and len(value) == 1}
+    keys = [key for key in ("base_lrs", "_last_lr", "lr_lambdas") if len(schedule.get(key, ())) == 1]
+    several = {key: schedule[key] * 2 for key in keys}
     torch.save({**schedule, **several}, path)
 
 
 def _write_weights(weights: dict[str, Tensor], output: Path) -> None:
     if (output / "adapter_config.json").exists():
-        # peft leaves the adapter's own name out.
-        adapter = {name.replace(".default.", "."): tensor for name, tensor in weights.items() if ".default." in name}
-        save_file(adapter, output / "adapter_model.safetensors", metadata={"format": "pt"})
-        return
+        return _write_adapter(weights, output / "adapter_model.safetensors")
     config = AutoConfig.from_pretrained(output)
     name = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     model = getattr(transformers, name)(config)
@@ -171,6 +171,22 @@ def _write_weights(weights: dict[str, Tensor], output: Path) -> None:
     if unexpected or set(missing) - set(model.all_tied_weights_keys):
         raise ValueError(f"The weights do not fit {name}: missing are {missing}, unexpected {unexpected}.")
     model.save_pretrained(output)
+
+
+def _write_adapter(weights: dict[str, Tensor], path: Path) -> None:
+    adapter = {}
+    for name, tensor in weights.items():
+        if ".default" in name:
+            # peft leaves the adapter's own name out of a file, and with it what only wraps a tensor.
+            name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+            name = name.replace(".modules_to_save.default", "")
+            adapter[re.sub(r"\.default(?=\.|$)", "", name)] = tensor.contiguous()
+    if path.exists():
+        with safe_open(path, "pt") as saved:
+            differing = set(saved.keys()) ^ set(adapter)
+        if differing:
+            raise ValueError(f"The adapter has tensors that are not understood here: {sorted(differing)}.")
+    save_file(adapter, path, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

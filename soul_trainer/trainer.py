@@ -241,7 +241,7 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             any(o.needs_reference_log_prob for o in objectives)
             and "reference_log_prob" not in rows.forget.column_names
         ):
-            batch_size = 2 * self.args.per_device_train_batch_size
+            batch_size = 2 * engines.rows_per_forward(self)
             is_quiet = self.args.disable_tqdm or not self.is_local_process_zero()
             rows.forget = add_reference_log_prob(
                 rows.forget, self.model, self.data_collator, batch_size, self.engine, not is_quiet

@@ -61,7 +61,6 @@ class Job:
     model: str = "llama"
     prepare: Callable[[PreTrainedModel], object] = lambda model: None
     peft: Callable[[], object] = lambda: None
-    deepspeed: dict = field(default_factory=dict)
     layers: tuple = ("LlamaDecoderLayer",)
     resumes: bool = False
 
@@ -118,7 +117,7 @@ JOBS = {
     # With labels that are sampled, a rounding now and then draws another one, and the Hessian jumps.
     "bf16": Job({"bf16": True, "hessian_estimator": "empirical_fisher"}),
     "lora": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, peft=lora, resumes=True),
-    "dora": Job(peft=lambda: lora(use_dora=True)),
+    "dora": Job(SAVING, peft=lambda: lora(use_dora=True), resumes=True),
     "frozen": Job(
         {**SAVING, "forget_loss": "ga", "retain_loss": "kl", "eval_strategy": "steps", "eval_steps": 5},
         model="tied",

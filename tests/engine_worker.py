@@ -36,7 +36,7 @@ def take_the_cpu_for_an_accelerator() -> None:
 def engine_arguments(engine: str, job: Job) -> dict:
     """The settings of the Trainer that choose an engine."""
     if engine in DEEPSPEED:
-        return {"deepspeed": copy.deepcopy(DEEPSPEED[engine] | job.deepspeed)}
+        return {"deepspeed": copy.deepcopy(DEEPSPEED[engine])}
     if engine == "fsdp2_accelerate":
         return {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": job.layers}}
     return {} if torch.cuda.is_available() else {"use_cpu": True}

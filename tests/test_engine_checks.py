@@ -42,6 +42,7 @@ def zero(stage=2, **offload):
         (zero(device="nvme", nvme_path="/tmp"), "offload_optimizer.device: nvme"),
         (zero(3, device="cpu", ratio=0.5), "offload_optimizer.ratio"),
         (zero(3, device="cpu", super_offload=True), "super_offload"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "`tensor_parallel` and `mics_shard_size`"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({**zero(device="cpu"), "zero_force_ds_cpu_optimizer": True}, "asks for its own Adam: set it to false"),
@@ -112,12 +113,15 @@ def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_w
     """Would catch peft's own error about mixed tensors, deep in the first forward."""
     model = torch.nn.Module()
     model.weight, model.peft_config = sharded_weight, {"default": LoraConfig(use_dora=True)}
-    args = SimpleNamespace(optim="soul", l1_weight=0.0)
+    args = SimpleNamespace(optim="soul", l1_weight=0.0, load_best_model_at_end=False)
     trainer = SimpleNamespace(args=args, optimizer=None, compute_loss_func=None, model=model)
     with pytest.raises(ValueError, match="leave `use_dora` out"):
         check_trainer(trainer, Engine())
     model.peft_config = {"default": LoraConfig()}
     check_trainer(trainer, Engine())
+    args.load_best_model_at_end = True
+    with pytest.raises(ValueError, match="`load_best_model_at_end` cannot load"):
+        check_trainer(trainer, Engine())
 
 
 def test_a_plain_trainer_is_checked_at_construction(tmp_path):

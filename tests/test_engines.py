@@ -77,7 +77,7 @@ def test_an_engine_follows_one_process(outcomes, engine, job):
     [
         pytest.param(engine, job, marks=pytest.mark.xdist_group(engine), id=f"{engine}-{job}")
         for engine in ("single", *ENGINES)
-        for job in JOBS
+        for job in jobs_of(engine)
         if JOBS[job].resumes
     ],
 )
@@ -101,7 +101,8 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_engine(outcomes, engi
         pytest.param(engine, job, marks=pytest.mark.xdist_group(engine), id=f"{engine}-{job}")
         for engine in ENGINES
         if engine != "ddp"
-        for job in ("resumed", "lora")
+        for job in ("resumed", "lora", "dora")
+        if job in jobs_of(engine)
     ],
 )
 def test_a_checkpoint_of_several_processes_goes_on_in_one(outcomes, tmp_path, engine, job):

@@ -158,9 +158,11 @@ class Engine:
         # At the first micro-batch of an accumulation the Trainer has this off. Left on, it would step alone.
         sync_gradients = state.sync_gradients
         state._set_sync_gradients(True)
-        with sophia.hessian_refresh(scale, decay, square):
-            optimizer.step()
-        state._set_sync_gradients(sync_gradients)
+        try:
+            with sophia.hessian_refresh(scale, decay, square):
+                optimizer.step()
+        finally:
+            state._set_sync_gradients(sync_gradients)
         return not optimizer.step_was_skipped
 
     def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:

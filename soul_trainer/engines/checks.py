@@ -70,6 +70,11 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
             "DoRA takes the norm of whole weights, which a model that transformers sharded while loading it does not "
             "have: leave `use_dora` out, or let accelerate shard it (FSDP2 in its configuration), or DeepSpeed."
         )
+    if args.load_best_model_at_end and is_sharded(trainer.model):
+        raise ValueError(
+            "`load_best_model_at_end` cannot load whole weights into a model that transformers sharded while loading "
+            "it: leave it out, and load the best checkpoint afterwards."
+        )
     if args.l1_weight and engine.shards:
         raise ValueError(
             "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
@@ -103,11 +108,17 @@ def prepare_deepspeed(args: TrainingArguments) -> None:
         ("zenflow", zero.get("zenflow")),
         ("offload_optimizer.super_offload", offload.get("super_offload")),
         ("offload_optimizer.device: nvme", offload.get("device") == "nvme"),
+        ("offload_param.device: nvme", (zero.get("offload_param") or {}).get("device") == "nvme"),
         ("offload_optimizer.ratio", offload.get("ratio", 1.0) != 1.0),
         ("torch_autocast", (config.get("torch_autocast") or {}).get("enabled")),
     ):
         if is_set:
-            raise ValueError(f"DeepSpeed's `{name}` steps by an optimizer of its own: remove it, or use AdamW.")
+            raise ValueError(f"DeepSpeed's `{name}` moves states, or steps, by itself: remove it, or use AdamW.")
+    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1 or zero.get("mics_shard_size", -1) > 1:
+        raise ValueError(
+            "DeepSpeed's `tensor_parallel` and `mics_shard_size` leave it open which process holds which rows and "
+            "states: remove them, and shard with ZeRO-3."
+        )
     if zero.get("round_robin_gradients"):
         raise ValueError(
             "DeepSpeed's `round_robin_gradients` reorders partitions so that no one can tell whose states are where: "

@@ -114,3 +114,5 @@ class DeepSpeedEngine(Engine):
         """Partitions again, in stage 3, what a forward or the last step left gathered."""
         if self.stage == 3:
             self.deepspeed.optimizer._partition_all_parameters()
+            # ZeRO++ keeps a second copy from a step's first forward, which is a reference's, for the backward.
+            self.deepspeed.optimizer.invalidate_secondary_tensor()
