@@ -66,10 +66,9 @@ def test_an_engine_follows_one_process(outcomes, engine, job):
     assert not {name: value for name, value in measured.items() if value > limits[name]}
     for entry, wanted in zip(found["history"], expected["history"], strict=True):
         for name in set(entry) - {"curvature/refresh_seconds", "loss"}:
-            # ZeRO counts the coordinates of a parameter that never had a gradient, which are few.
-            assert entry[name] == pytest.approx(wanted[name], rel=max(limits["hessian"], 2e-3), abs=limits["loss"]), (
-                name
-            )
+            # Sharded engines count the 3 coordinates of a parameter without gradients, of 2,863, once or twice.
+            rel = max(limits["hessian"], 3e-3)
+            assert entry[name] == pytest.approx(wanted[name], rel=rel, abs=limits["loss"]), name
 
 
 @pytest.mark.parametrize(
