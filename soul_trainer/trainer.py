@@ -121,7 +121,7 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         self._component_sums.clear()
         self._steps_since_log = 0
         # Before a checkpoint is loaded: the reference is the model that training began with.
-        if not self.engine.loads_after_prepare:
+        if not self.engine.shards:
             self._prepare_reference()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -230,7 +230,7 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """As [`~transformers.Trainer`]'s; it comes between the model's preparation and a checkpoint's loading."""
-        if optimizer is None and self.engine.loads_after_prepare:
+        if optimizer is None and self.engine.shards:
             self._prepare_reference()
         return super().create_scheduler(num_training_steps, optimizer)
 

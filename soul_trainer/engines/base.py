@@ -35,13 +35,12 @@ class Engine:
         accelerator ([`~accelerate.Accelerator`], *optional*): The Trainer's. Without, there is one plain process.
 
     Attributes:
-        shards (`bool`): Whether each process holds a part of the model or of the optimizer alone.
-        loads_after_prepare (`bool`):
-            Whether a checkpoint's weights are loaded after the Trainer has prepared the model, not before.
+        shards (`bool`):
+            Whether each process holds a part of the model or of the optimizer alone. Such engines are also those whose
+            checkpoints are loaded after the Trainer has prepared the model, not before.
     """
 
     shards = False
-    loads_after_prepare = False
 
     def __init__(self, accelerator: Accelerator | None = None):
         self.accelerator = accelerator

@@ -92,6 +92,10 @@ class ShardedCheckpointMixin(Trainer):
     file that is written last comes after those of all processes.
     """
 
+    @property
+    def _is_sharded_at_load(self) -> bool:
+        return is_sharded(self.model) and not self.is_fsdp_enabled
+
     @contextmanager
     def resume_allowed(self, model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
         """A context for the Trainer's construction, which would raise at settings that save more than weights."""
@@ -104,7 +108,7 @@ class ShardedCheckpointMixin(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         reshard(self.model)
-        if self.is_fsdp_enabled or not is_sharded(self.model):
+        if not self._is_sharded_at_load:
             return super()._save_optimizer_and_scheduler(output_dir)
         weights, state = get_state_dict(self.model, self.optimizer.optimizer)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(output_dir) / _SHARDED)
@@ -117,12 +121,12 @@ class ShardedCheckpointMixin(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or not is_sharded(self.model):
+        if not self._is_sharded_at_load:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         # Else the weights come with the optimizer's state: each process reads its own part of both.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or not is_sharded(self.model):
+        if checkpoint is None or not self._is_sharded_at_load:
             return super()._load_optimizer_and_scheduler(checkpoint)
         sophia = self.optimizer.optimizer
         weights, state = get_state_dict(self.model, sophia)

@@ -27,7 +27,6 @@ class DeepSpeedEngine(Engine):
     """
 
     shards = True
-    loads_after_prepare = True
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)

@@ -23,7 +23,6 @@ class FSDP2Engine(Engine):
     """
 
     shards = True
-    loads_after_prepare = True
 
     def accumulate(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager:
         """Gradients are reduced with every micro-batch: whole ones would take the memory that sharding saves."""
