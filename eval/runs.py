@@ -1,10 +1,15 @@
-"""A run, and which of its figures are shown, in which words. Imports no torch."""
+"""A run, its figures, and how many rows they are made of. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from .columns import SUITES, Column, column_of, place_of
+from .statistics import Figure
 
 
 ROLES = ("unlearned", "target", "gold")
-ARROWS = {"higher": "↑", "lower": "↓"}
+# What the settings hold besides settings.
+MEASURED_SETTINGS = ("seconds_per_step",)
 
 
 @dataclass
@@ -14,9 +19,9 @@ class Run:
 
     Attributes:
         name (`str`): What the report calls it.
-        summary (`dict[str, float]`): From `suites.tofu.summarise`.
+        summary (`dict[str, Figure]`): From a suite's `summarise`; bare numbers, or figures read from JSON, will do.
         rows (`list[dict]`): What the summary was made of; may be empty.
-        trajectory (`list[dict]`, *optional*): From [`~trajectory.TrajectoryCallback`].
+        trajectory (`list[dict]`, *optional*): From [`~trajectory.TrajectoryCallback`]; see also [`Run.curve`].
         log_history (`list[dict]`, *optional*): The Trainer's `state.log_history`.
         settings (`dict`, *optional*): Settings to show; `seconds_per_step` becomes a column of the table.
         role (`str`, *optional*, defaults to `"unlearned"`):
@@ -24,7 +29,7 @@ class Run:
     """
 
     name: str
-    summary: dict[str, float]
+    summary: dict[str, Figure]
     rows: list[dict] = field(default_factory=list)
     trajectory: list[dict] | None = None
     log_history: list[dict] | None = None
@@ -35,117 +40,93 @@ class Run:
         if self.role not in ROLES:
             raise ValueError(f"`role` must be one of {ROLES}, but that of {self.name!r} is {self.role!r}.")
 
+    def figure(self, key: str) -> Figure | None:
+        """A figure of the summary or, failing that, a measurement of the settings; `None` where there is neither."""
+        found = self.summary.get(key)
+        if found is None and key in MEASURED_SETTINGS:
+            found = (self.settings or {}).get(key)
+        return found if found is None or isinstance(found, Figure) else Figure.from_json(found)
+
     def value(self, key: str) -> float | None:
-        """A figure of the summary or, failing that, a number of the settings."""
-        return self.summary.get(key, (self.settings or {}).get(key))
+        """The value of that figure."""
+        figure = self.figure(key)
+        return None if figure is None else figure.value
+
+    def keys(self) -> list[str]:
+        """Names of the figures that there are; counts of rows are none."""
+        keys = [*self.summary, *(key for key in MEASURED_SETTINGS if key in (self.settings or {}))]
+        return [key for key in dict.fromkeys(keys) if not _is_count(key) and self.figure(key) is not None]
+
+    def curve(self) -> list[dict]:
+        """The figures in the course of training: the trajectory or, where there is none, what the Trainer logged."""
+        return trajectory_of(self.log_history or []) if self.trajectory is None else self.trajectory
 
 
-@dataclass(frozen=True)
-class Column:
+def trajectory_of(log_history: list[dict], prefix: str = "eval_") -> list[dict]:
     """
-    A column of the table: its key in the summary, its label in two lines, which way is better, how to read it, and
-    whether the gold model's value is the goal, beyond which nothing is gained.
+    A trajectory from the evaluations that a Trainer logged.
+
+    Args:
+        log_history (`list[dict]`): The Trainer's `state.log_history`.
+        prefix (`str`, *optional*, defaults to `"eval_"`): What the Trainer put before the names of its evaluation.
+
+    Returns:
+        `list[dict]`: An entry a step, `step` and the suites' figures, whose names have lost `prefix` and the suite's
+        name: `eval_tofu_forget_quality` is `forget_quality`. Losses and run times are left out.
     """
-
-    key: str
-    label: tuple[str, str]
-    better: str
-    reading: str
-    is_gold_best: bool = False
-
-    @property
-    def title(self) -> str:
-        return f"{' '.join(self.label)} {ARROWS[self.better]}"
-
-    def text(self, value: float | None) -> str:
-        """A value as the table shows it."""
-        if value is None:
-            return "-"
-        if self.key == "forget_quality" and value < 0.001:
-            return f"{value:.1e}" if value else "0"
-        return f"{value:.3f}"
+    entries: dict[int, dict] = {}
+    for logged in log_history:
+        figures = {}
+        for name, value in logged.items():
+            suite, _, key = name.removeprefix(prefix).partition("_")
+            if name.startswith(prefix) and suite in SUITES and key and not _is_count(key):
+                figures[key] = value
+        if figures:
+            entries.setdefault(logged["step"], {"step": logged["step"]}).update(figures)
+    return [entries[step] for step in sorted(entries)]
 
 
-COLUMNS = (
-    Column(
-        "forget_quality",
-        ("forget", "quality"),
-        "higher",
-        "Can the truth ratios on the forget rows be told from the gold model's? p-value of a two-sample "
-        "Kolmogorov-Smirnov test: above 0.05 they cannot; far below, the model still knows or has unlearned too much.",
-    ),
-    Column(
-        "forget_probability",
-        ("forget", "prob."),
-        "lower",
-        "Mean probability of the answers to forget, length taken out. The goal is the gold model's value; less than "
-        "that is damage and no better forgetting.",
-        is_gold_best=True,
-    ),
-    Column(
-        "forget_rougeL_recall",
-        ("forget", "ROUGE-L"),
-        "lower",
-        "Share of an answer to forget that the model's own answer holds, in order. Some overlap is mere wording: "
-        "the gold model shows how much.",
-        is_gold_best=True,
-    ),
-    Column(
-        "forget_truth_ratio",
-        ("forget", "truth r."),
-        "higher",
-        "1 where a true answer to forget is as probable as false ones that are worded like it. The goal is the gold "
-        "model's value.",
-        is_gold_best=True,
-    ),
-    Column(
-        "retain_probability",
-        ("retain", "prob."),
-        "higher",
-        "Mean probability of the answers that unlearning was told to keep. The goal is the target's value.",
-    ),
-    Column(
-        "held_out_probability",
-        ("held-out", "prob."),
-        "higher",
-        "The same for authors that the model had learnt and unlearning never saw: what unlearning costs where nobody "
-        "looks.",
-    ),
-    Column(
-        "held_out_rougeL_recall",
-        ("held-out", "ROUGE-L"),
-        "higher",
-        "Share of a held-out author's answer that the model's own answer holds, in order.",
-    ),
-    Column(
-        "real_authors_probability",
-        ("real", "authors"),
-        "higher",
-        "Probability of the true answer among the options of a question on real authors; guessing among four gives "
-        "about 0.25.",
-    ),
-    Column(
-        "world_facts_probability",
-        ("world", "facts"),
-        "higher",
-        "The same for facts about the world, further from what was forgotten.",
-    ),
-    Column(
-        "model_utility",
-        ("model", "utility"),
-        "higher",
-        "Harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors and world facts: near the "
-        "weakest of the nine. The goal is the target's value.",
-    ),
-    Column(
-        "seconds_per_step",
-        ("seconds", "a step"),
-        "lower",
-        "Time of a training step, curvature included and evaluation not.",
-    ),
-)
+def shown_columns(runs: list[Run], main_only: bool = False) -> list[Column]:
+    """
+    The columns for which at least one run has a value, in the order of the report.
+
+    Args:
+        runs (`list[Run]`): The runs.
+        main_only (`bool`, *optional*, defaults to `False`): Leaves out those that are of less interest, if others are.
+    """
+    columns = [column_of(key) for key in sorted({key for run in runs for key in run.keys()}, key=place_of)]
+    main = [column for column in columns if column.is_main]
+    return main if main_only and any(column.group != "Cost" for column in main) else columns
 
 
-def shown_columns(runs: list[Run]) -> list[Column]:
-    """The columns for which at least one run has a value."""
-    return [column for column in COLUMNS if any(run.value(column.key) is not None for run in runs)]
+def row_counts(runs: list[Run]) -> dict[str, tuple[int, int]]:
+    """
+    Least and greatest number of rows that the runs have in each split. Where there are no rows at hand, the summary says
+    so, by counts a split or else by the figures of each group.
+    """
+    counts: dict[str, list[int]] = {}
+    for run in runs:
+        for name, count in _counts_of(run).items():
+            counts.setdefault(name, []).append(count)
+    return {name: (min(found), max(found)) for name, found in counts.items()}
+
+
+def _counts_of(run: Run) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for row in run.rows:
+        counts[row["split"]] = counts.get(row["split"], 0) + 1
+    counts = counts or {key.removesuffix("_rows"): int(Figure.from_json(value).value) for key, value in _rows_of(run)}
+    if not counts:
+        for key in run.keys():
+            if num_rows := run.figure(key).num_rows:
+                group = column_of(key).group
+                counts[group] = max(num_rows, counts.get(group, 0))
+    return counts
+
+
+def _rows_of(run: Run):
+    return ((key, run.summary[key]) for key in run.summary if _is_count(key))
+
+
+def _is_count(key: str) -> bool:
+    return key.endswith("_rows")

@@ -1,8 +1,8 @@
 """
 Figures with their uncertainty: every aggregate says of how many rows it is made and within which bounds it lies.
 
-Intervals hold 95%. They come from a bootstrap over rows whose draws depend on nothing but a name and the number of rows,
-so that the same rows give the same interval everywhere. Imports no torch.
+Intervals hold 95%. They come from a bootstrap over rows whose draws depend on nothing but a name and the number of
+rows, so that the same rows give the same interval everywhere. Imports no torch.
 """
 
 import math
@@ -160,7 +160,9 @@ def paired_comparison(first: Sequence[float], second: Sequence[float], sample: s
         ValueError: If they are not of the same number of rows, or of none.
     """
     if len(first) != len(second) or not len(first):
-        raise ValueError(f"`first` and `second` must be of the same rows, but they have {len(first)} and {len(second)}.")
+        raise ValueError(
+            f"`first` and `second` must be of the same rows, but they have {len(first)} and {len(second)}."
+        )
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     figure = mean_figure(differences, sample)
     p_value = 1.0

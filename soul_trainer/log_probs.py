@@ -12,6 +12,7 @@ from .batch import IGNORE_INDEX
 
 
 CHUNK_TOKENS = 1024
+LEAST_LOG_PROB = -1e4
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -43,6 +44,35 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor, label_smoothing
     """
     _check_positions(logits, targets)
     return _TokenLogProbs.apply(logits, targets, label_smoothing)
+
+
+@torch.no_grad()
+def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    What membership inference asks of each target token. Arguments are those of [`token_log_probs`].
+
+    Returns:
+        `tuple[torch.FloatTensor, torch.BoolTensor, torch.FloatTensor]` of shape `(rows, tokens)`: The log-probability;
+        whether the token is the most probable one; and the log-probability less its mean under the model's own
+        distribution, over its standard deviation there (Min-K%++, Zhang et al., 2024), 0 where the model is certain.
+        All zero where `targets` is `IGNORE_INDEX`.
+    """
+    _check_positions(logits, targets)
+    flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
+    log_probs, z_scores = (logits.new_zeros(flat_targets.shape, dtype=torch.float32) for _ in range(2))
+    hits = torch.zeros_like(flat_targets, dtype=torch.bool)
+    for chunk in _answer_chunks(targets):
+        labels = flat_targets[chunk]
+        hits[chunk] = flat_logits[chunk].argmax(1) == labels
+        # Tokens that a model forbids have -inf, of which 0 * -inf would make no number.
+        scores = flat_logits[chunk].float().log_softmax(1).clamp_min_(LEAST_LOG_PROB)
+        log_probs[chunk] = scores.gather(1, labels[:, None]).squeeze(1)
+        probs = scores.exp()
+        mean = (probs * scores).sum(1)
+        deviation = (probs * (scores - mean[:, None]).square()).sum(1).sqrt()
+        z = (log_probs[chunk] - mean) / deviation
+        z_scores[chunk] = torch.where(deviation > 0, z, 0.0)
+    return log_probs.view_as(targets), hits.view_as(targets), z_scores.view_as(targets)
 
 
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,114 @@
+"""Asks a model what a suite wants to know of its rows: in whole batches, over several processes, and never twice."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from soul_trainer.engines import Engine
+from soul_trainer.formats import Example, render
+
+from .journal import Journal, Key
+from .scoring import AUTO, generate_answers, score_answers
+from .suites.base import Part
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    parts_of: Callable[[dict], list[Part]],
+    batch_size: int | str = AUTO,
+    prompt_template: str | None = None,
+    engine: Engine | None = None,
+    journal: Journal | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """
+    Asks all parts of all rows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A causal language model, on the device where it is to run.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        rows (`list[dict]`): The same on every process, each with `split` and `index`.
+        parts_of (`Callable`): The parts of a row; see [`~suites.base.Suite`].
+        batch_size (`int` or `str`, *optional*, defaults to `"auto"`): Tokens in a batch, padding included.
+        prompt_template (`str`, *optional*): As in training; see `soul_trainer.formats.render`.
+        engine ([`~soul_trainer.engines.Engine`], *optional*): Shares the rows out over its processes.
+        journal ([`~journal.Journal`], *optional*): What is in it is not asked again.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+    Returns:
+        `list[dict]`: On every process, the rows with the fields of their parts.
+
+    Raises:
+        ValueError: If a row cannot be rendered, or a prompt is too long; the row is named.
+    """
+    parts = {(row["split"], row["index"], part.name): part for row in rows for part in parts_of(row)}
+    found = dict(journal.done) if journal else {}
+    todo = {key: part for key, part in parts.items() if key not in found}
+    passes = defaultdict(dict)
+    for key, part in todo.items():
+        passes[part.max_new_tokens or 0, part.details][key] = part
+    for (max_new_tokens, details), members in sorted(passes.items()):
+        settings = {"batch_size": batch_size, "engine": engine, "progress": progress and _is_main(engine)}
+        examples = {key: _examples(key, part, tokenizer, prompt_template) for key, part in members.items()}
+        if max_new_tokens:
+            prompts = [rendered for (rendered,) in examples.values()]
+            texts = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **settings)
+            keys = list(examples)
+            answers = ((keys[place], text) for place, text in texts)
+        else:
+            answers = _whole_parts(model, tokenizer, examples, details, settings)
+        found |= _finished(answers, members, journal, engine)
+    merged = []
+    for row in rows:
+        fields = [found[row["split"], row["index"], part.name] for part in parts_of(row)]
+        merged.append({name: value for each in (row, *fields) for name, value in each.items()})
+    return merged
+
+
+def _whole_parts(model, tokenizer, examples: dict[Key, list[Example]], details: bool, settings: dict) -> Iterator:
+    """Keys of parts and the scores of all their answers, which may have been given on several processes."""
+    flat = [(key, place) for key, rendered in examples.items() for place in range(len(rendered))]
+    scores: dict[Key, dict] = defaultdict(dict)
+    everything = [example for rendered in examples.values() for example in rendered]
+    for place, score in score_answers(model, tokenizer, everything, details=details, **settings):
+        key, answer = flat[place]
+        scores[key][answer] = score
+        if len(scores[key]) == len(examples[key]):
+            yield key, [score for _, score in sorted(scores.pop(key).items())]
+    engine = settings["engine"]
+    if engine is not None:
+        for key, answers in engine.gather(list(scores.items())):
+            scores[key] |= answers
+        yield from ((key, [score for _, score in sorted(answers.items())]) for key, answers in scores.items())
+
+
+def _finished(
+    answers: Iterator, parts: dict[Key, Part], journal: Journal | None, engine: Engine | None
+) -> dict[Key, dict]:
+    """The fields of all processes' parts; they are made of answers while the next batch runs."""
+
+    def finish(key: Key, answer) -> tuple[Key, dict]:
+        fields = parts[key].finish(answer)
+        if journal:
+            journal.add(key, fields)
+        return key, fields
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = [pool.submit(finish, key, answer) for key, answer in answers]
+        finished = [each.result() for each in waiting]
+    return dict(engine.gather(finished) if engine is not None else finished)
+
+
+def _examples(key: Key, part: Part, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[Example]:
+    try:
+        return [render(answer, tokenizer, template) for answer in part.answers]
+    except ValueError as error:
+        raise ValueError(f"Row {key[1]} of `{key[0]}`: {error}") from error
+
+
+def _is_main(engine: Engine | None) -> bool:
+    return engine is None or engine.process_index == 0

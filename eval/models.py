@@ -1,0 +1,88 @@
+"""The models that are evaluated: loading one, and telling it from all others."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model, or of an adapter's base model where none was saved with it.
+
+    Args:
+        name (`str`): Folder or hub id.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code that comes with it may run.
+
+    Raises:
+        ValueError: If `name` is a folder without a model.
+    """
+    folder = _checked(name)
+    if _is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
+        from peft import PeftConfig
+
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    device: "str | torch.device | None" = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """
+    Loads a model, or an adapter on its base model.
+
+    Args:
+        name (`str`): Folder or hub id.
+        device (`str` or `torch.device`, *optional*): By default a GPU if there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`): `float32`, `bfloat16`, ...; by default that of the weights.
+        seed (`int`, *optional*, defaults to 0): Set before anything else.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code that comes with it may run.
+
+    Raises:
+        ValueError: If `name` is a folder without a model, or `dtype` is no floating dtype.
+    """
+    folder = _checked(name)
+    if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+        raise ValueError(f"--dtype {dtype} is unknown: use auto, float32, bfloat16 or float16.")
+    set_seed(seed)
+    loader = AutoModelForCausalLM
+    if _is_adapter(folder):
+        from peft import AutoPeftModelForCausalLM as loader
+    model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """
+    A hash of the weights as they are in memory: names, dtypes, shapes and bytes.
+
+    Args:
+        model (`torch.nn.Module`): Not sharded.
+
+    Returns:
+        `str`: Hexadecimal SHA-256.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def _checked(name: str) -> Path:
+    folder = Path(name)
+    if folder.exists() and not _is_adapter(folder) and not (folder / "config.json").exists():
+        raise ValueError(f"--model {name} holds no model: there is no config.json and no adapter_config.json in it.")
+    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"--model {name}: no such folder.")
+    return folder
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()

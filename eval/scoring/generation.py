@@ -1,0 +1,201 @@
+"""The answers that a model gives when it always takes the most probable token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from soul_trainer.batch import IGNORE_INDEX
+from soul_trainer.engines import Engine
+from soul_trainer.formats import Example, encode
+from soul_trainer.reference import eval_mode
+
+from .batches import (
+    AUTO,
+    Unit,
+    any_process,
+    cache_budget,
+    can_continue,
+    longest_input,
+    only_last_logits,
+    pad,
+    run_batches,
+)
+
+
+# Rows that are done leave a batch once they are this share of it: to move the others costs a copy of their keys.
+DONE_SHARE = 8
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    batch_size: int | str = AUTO,
+    max_new_tokens: int = 200,
+    engine: Engine | None = None,
+    description: str = "Greedy answers",
+    progress: bool = True,
+) -> Iterator[tuple[int, str]]:
+    """
+    Answers prompts greedily, the longest first. A row leaves its batch when it is done.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A causal language model, on the device that it is on. Sampling settings of its own are ignored.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        examples (`list[Example]`): Their prompts are used, exactly the tokens that come before an answer in training.
+        batch_size (`int` or `str`, *optional*, defaults to `"auto"`):
+            Tokens whose keys and values are kept at once, new ones included; by default what the memory allows.
+        max_new_tokens (`int`, *optional*, defaults to 200):
+            Where an answer is cut off. Less if the longest prompt leaves no room for it within the model's limit.
+        engine ([`~soul_trainer.engines.Engine`], *optional*): That runs the model, if processes share the examples.
+        description (`str`, *optional*): Name of the progress bar.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `Iterator[tuple[int, str]]`: Places of this process's part of `examples`, each once, and answers without
+        special tokens and outer white space, as they are done.
+
+    Raises:
+        ValueError: If an example has no prompt, or a prompt leaves no room within the model's limit.
+    """
+    prompts = [_prompt_ids(tokenizer, example) for example in examples]
+    settings = _greedy_settings(model, tokenizer, prompts, max_new_tokens)
+    units = [Unit(place, len(prompt), 1, settings.max_new_tokens) for place, prompt in enumerate(prompts)]
+    decode = _decode if can_continue(model) else _generate
+
+    def run(batch: list[int]) -> list[list[int]]:
+        return decode(model, [prompts[place] for place in batch], settings, engine)
+
+    with (
+        eval_mode(model),
+        _generation_settings(model, settings),
+        tqdm(total=len(prompts), desc=description, unit="answer", disable=not progress) as bar,
+    ):
+        for batch, answers in run_batches(units, cache_budget(model, batch_size), run, engine):
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            yield from zip(batch, (text.strip() for text in texts))
+            bar.update(len(batch))
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    batch_size: int | str = AUTO,
+    max_new_tokens: int = 200,
+    description: str = "Greedy answers",
+    progress: bool = True,
+) -> list[str]:
+    """
+    What the model answers. Arguments are those of [`generate_answers`].
+
+    Returns:
+        `list[str]`: In the order of `examples`.
+    """
+    answers = [""] * len(examples)
+    for place, answer in generate_answers(
+        model, tokenizer, examples, batch_size, max_new_tokens, description=description, progress=progress
+    ):
+        answers[place] = answer
+    return answers
+
+
+def _decode(
+    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, engine: Engine | None
+) -> list[list[int]]:
+    """New tokens of each prompt, without the end of sequence."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    is_done = [False] * len(prompts)
+    end_tokens = set(settings.eos_token_id)
+    ids, mask = (tensor.to(model.device) for tensor in pad(prompts, side="left"))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = None
+    for step in range(settings.max_new_tokens):
+        outputs = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **only_last_logits(model),
+        )
+        cache = outputs.past_key_values
+        ids = outputs.logits[:, -1:].argmax(-1)
+        for place, token in zip(alive, ids[:, 0].tolist()):
+            is_done[place] = is_done[place] or token in end_tokens
+            if not is_done[place]:
+                answers[place].append(token)
+        kept = [row for row, place in enumerate(alive) if not is_done[place]]
+        if step + 1 == settings.max_new_tokens or not any_process(bool(kept), engine):
+            break
+        if kept and len(alive) - len(kept) > len(alive) // DONE_SHARE:
+            rows = torch.tensor(kept, device=model.device)
+            cache.batch_select_indices(rows)
+            ids, mask, positions = ids[rows], mask[rows], positions[rows]
+            alive = [alive[row] for row in kept]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return answers
+
+
+def _generate(
+    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, engine: Engine | None
+) -> list[list[int]]:
+    """The same by transformers' own loop, for models whose state is not keys and values."""
+    ids, mask = pad(prompts, side="left", value=settings.pad_token_id)
+    in_step = engine is not None and engine.shards
+    tokens = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), synced_gpus=in_step)
+    return tokens[:, ids.shape[1] :].tolist()
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    encoded = encode(tokenizer, example)
+    prompt = [token for token, label in zip(encoded["input_ids"], encoded["labels"]) if label == IGNORE_INDEX]
+    if not prompt:
+        raise ValueError(f"nothing to answer: there is no prompt before the answer {example.content[:60]!r}.")
+    return prompt
+
+
+def _greedy_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> GenerationConfig:
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, but it is {max_new_tokens}.")
+    limit = longest_input(model, tokenizer)
+    if limit:
+        # One bound for all rows, so that it does not depend on which rows share a batch.
+        longest_prompt = max(map(len, prompts), default=0)
+        max_new_tokens = min(max_new_tokens, limit - longest_prompt)
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"a prompt of {longest_prompt} tokens leaves no room for an answer within the model's {limit}."
+            )
+    # A chat model may end its turns with other tokens than its tokenizer's.
+    end = model.generation_config.eos_token_id
+    end_tokens = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+    pad_token = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(end_tokens),
+        pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
+    )
+
+
+@contextmanager
+def _generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's own settings as a whole: `generate` fills whatever it is not told from them."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = owner.generation_config
+    owner.generation_config = settings
+    try:
+        yield
+    finally:
+        owner.generation_config = before
