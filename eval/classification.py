@@ -1,11 +1,11 @@
 """
 What a text classifier thinks of texts: toxicity and fluency of generations start here.
 
-The classifier is one of transformers' sequence classifiers and is read as transformers' own pipeline reads it. Libraries
-that only a model needs are imported where one is used.
+The classifier is one of transformers' sequence classifiers and is read as transformers' own pipeline reads it.
+Libraries that only a model needs are imported where one is used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 
@@ -33,7 +33,8 @@ def classify(
     the model is a multi-label one (`config.problem_type`) or has a single label, a softmax over its labels otherwise.
 
     Args:
-        texts (`Sequence[str]`): Any, the empty one too. What exceeds the model's limit is cut off and counted in a warning.
+        texts (`Sequence[str]`):
+            Any, the empty one too. Those beyond the model's limit are cut off, and counted in a warning.
         model (`str`, *optional*, defaults to `"unitary/toxic-bert"`): Hub id or folder of a sequence classifier.
         label (`str`, *optional*):
             Name of the label, as in the model's `config.id2label`. By default that of `DEFAULT_LABELS` which the model
@@ -63,9 +64,9 @@ def classify(
     label = _label(classifier, model, label)
     texts, lengths, limit = _readable(classifier, texts)
     order = sorted(range(len(texts)), key=lambda row: -lengths[row])
-    outputs = classifier(
-        _in_order(texts, order), batch_size=batch_size, truncation=limit is not None, max_length=limit
-    )
+    # A generator: given a list, the pipeline would hold all outputs back until the last one, and no bar could move.
+    in_order = (texts[row] for row in order)
+    outputs = classifier(in_order, batch_size=batch_size, truncation=limit is not None, max_length=limit)
     probabilities = [0.0] * len(texts)
     for row, scores in zip(order, tqdm(outputs, total=len(texts), desc=label, unit="text", disable=not progress)):
         probabilities[row] = next(score["score"] for score in scores if score["label"] == label)
@@ -92,9 +93,12 @@ def _readable(
 
     tokenizer, limit = classifier.tokenizer, _longest_input(classifier)
     lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
-    # A tokenizer without special tokens makes nothing of an empty text, and no model can read nothing.
-    blank = next((token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) if token), "")
-    texts = [text if length else blank for text, length in zip(texts, lengths)]
+    if 0 in lengths:
+        # A tokenizer that adds no special tokens makes nothing of an empty text, and no model can read nothing.
+        blank = tokenizer.bos_token or tokenizer.eos_token or tokenizer.unk_token
+        if not blank:
+            raise ValueError(f"Row {lengths.index(0)} of `texts` has no token that the model could read.")
+        texts = [text if length else blank for text, length in zip(texts, lengths)]
     num_cut = sum(length > limit for length in lengths) if limit else 0
     if num_cut:
         logging.get_logger(__name__).warning(f"{num_cut} of {len(texts)} texts are cut off at {limit} tokens.")
@@ -113,8 +117,3 @@ def _longest_input(classifier: "TextClassificationPipeline") -> int | None:
             break
     limits = [limit for limit in (positions, classifier.tokenizer.model_max_length) if limit and limit < 2**30]
     return min(limits, default=None)
-
-
-def _in_order(texts: list[str], order: list[int]) -> Iterator[str]:
-    # A generator: given a list, the pipeline would hold all outputs back until the last, and no bar could move.
-    return (texts[row] for row in order)

@@ -38,8 +38,7 @@ def embed(
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        `np.ndarray` of shape `(texts, dimension)`: Float32, in the order of `texts`, of whatever length the model gives
-        them.
+        `np.ndarray` of shape `(texts, dimension)`: Float32, in the order of `texts`; not normalised.
 
     Raises:
         ImportError: If sentence-transformers is not installed.
@@ -90,6 +89,8 @@ def nearest_answers(
             "`generations`, `answers` and `wrong_answers` must be of the same rows, but they have "
             f"{len(generations)}, {len(answers)} and {len(wrong_answers)}."
         )
+    if not generations:
+        return []
     rows = [[generation, answer, *wrong] for generation, answer, wrong in zip(generations, answers, wrong_answers)]
     vectors = embed([text for row in rows for text in row], model, batch_size, device, progress)
     rows = np.split(vectors, np.cumsum([len(row) for row in rows])[:-1])

@@ -9,8 +9,8 @@ def embedding_hits(generations: np.ndarray, options: Sequence[np.ndarray]) -> np
     """
     Of each row, whether no wrong answer's embedding is nearer to the generation's than the true answer's, by cosine.
 
-    A wrong answer that is exactly as near as the true one does no harm, as in SOUL's code; wrong answers worded exactly
-    like the true one are such. A generation that has no direction (all zeros) hits nothing.
+    A wrong answer that is exactly as near as the true one, such as one of the same words, does no harm: so it is in
+    SOUL's code. A generation that has no direction (all zeros) hits nothing.
 
     Args:
         generations (`np.ndarray` of shape `(rows, dimension)`): Embeddings of what the model said.
@@ -25,7 +25,8 @@ def embedding_hits(generations: np.ndarray, options: Sequence[np.ndarray]) -> np
     """
     if len(generations) != len(options):
         raise ValueError(
-            f"`generations` and `options` must be of the same rows, but they have {len(generations)} and {len(options)}."
+            f"`generations` and `options` must be of the same rows, but they have {len(generations)} and "
+            f"{len(options)}."
         )
     hits = np.empty(len(generations), dtype=bool)
     for row, (generation, row_options) in enumerate(zip(generations, options)):

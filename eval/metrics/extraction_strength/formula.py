@@ -11,7 +11,7 @@ def extraction_strength(token_hits: Sequence[Sequence[bool]]) -> np.ndarray:
     whole rest: `1 - k / length`, with `k` the tokens of that beginning (Wang et al., 2025, after Carlini et al., 2021;
     "ES" of OpenUnlearning). That is the length of the run of hits at the end, over the length of the answer.
 
-    Where a hit follows a hit, the model's own text is the true one, so hits under teacher forcing are enough and nothing
+    From that beginning on, the model's own text is the true one, so hits under teacher forcing are enough and nothing
     needs to be generated.
 
     Args:
