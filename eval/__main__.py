@@ -1,140 +1,127 @@
 """
-python -m soul_eval tofu --model DIR [--reference ROWS.jsonl] --output DIR
-python -m soul_eval summarise ROWS.jsonl [--reference ROWS.jsonl] [--json]
+python -m soul_eval SUITE --model DIR --output DIR [--reference ROWS.jsonl]     tofu, muse, wmdp, copyright, detox
+python -m soul_eval summarise ROWS.jsonl [--reference ROWS.jsonl] [--json]      figures of rows, without a model
+python -m soul_eval compare ROWS.jsonl ROWS.jsonl                               two models, by a paired test
+python -m soul_eval report NAME=ROWS.jsonl ... --output DIR                     a page with tables, figures and answers
+
+Under `accelerate launch -m soul_eval SUITE ...`, processes share the rows. `SUITE --help` lists all settings.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .report import Run, table
-from .rows import make_header, read_rows, write_rows, write_whole
-from .suites import tofu
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .report import Run, table, write_report
+from .rows import read_rows
+from .statistics import Figure
+from .suites import SUITES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args.command(args)
+        if arguments and arguments[0] in SUITES:
+            run_suite(arguments[0], arguments[1:])
+        else:
+            args = _parser().parse_args(arguments)
+            args.command(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def run_suite(name: str, arguments: list[str]) -> None:
+    """Evaluates a model, writes `rows.jsonl` and `summary.json`, and prints the figures."""
+    from transformers import HfArgumentParser
+
+    from . import running
+
+    suite = SUITES[name]
+    parser = HfArgumentParser((running.EvalArguments, suite.arguments), prog=f"python -m soul_eval {name}")
+    args, own = parser.parse_args_into_dataclasses(arguments)
+    found = running.run_suite(suite, args, own)
+    if found is None:
+        return
+    reference = read_rows(args.reference) if args.reference else None
+    figures = _figures(*found, reference[1] if reference else None)
+    running.write_summary(Path(args.output), figures)
+    print(_table(args.model, figures, reference))
+
+
 def run_summarise(args: argparse.Namespace) -> None:
     """Prints the figures of rows, and writes nothing."""
     header, rows = read_rows(args.rows)
-    reference = read_rows(args.reference)[1] if args.reference else None
-    summary = tofu.summarise(rows, reference)
+    reference = read_rows(args.reference) if args.reference else None
+    figures = _figures(header, rows, reference[1] if reference else None)
     if args.json:
-        print(json.dumps(summary, indent=2, allow_nan=False))
+        print(json.dumps({name: figure.to_json() for name, figure in figures.items()}, indent=2, allow_nan=False))
     else:
-        print(_table(str(header.get("model", args.rows)), summary, args.reference, reference))
+        print(_table(str(header.get("model", args.rows)), figures, reference))
 
 
-def run_tofu(args: argparse.Namespace) -> None:
-    """Evaluates a model, writes `rows.jsonl` and `summary.json`, and prints the figures."""
-    output = Path(args.output)
-    if any((output / name).exists() for name in ("rows.jsonl", "summary.json")) and not args.overwrite:
-        raise ValueError(f"--output {output} holds results: add --overwrite, or choose another folder.")
-    splits = tofu.load_splits(args.dataset, args.forget_split, args.limit, args.held_out_rows)
-    reference = read_rows(args.reference)[1] if args.reference else None
+def run_compare(args: argparse.Namespace) -> None:
+    """Prints how the second model differs from the first, field by field, with p-values."""
+    from .paired import compare_rows, comparison_table
+
+    (_, first), (_, second) = read_rows(args.first), read_rows(args.second)
+    print(comparison_table(compare_rows(first, second)))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Writes a report of finished rows."""
+    gold = read_rows(args.gold) if args.gold else None
+    named = [(role, role, path) for role, path in (("target", args.target), ("gold", args.gold)) if path]
+    named += [(name, "unlearned", path) for name, _, path in (entry.rpartition("=") for entry in args.rows)]
+    runs = []
+    for name, role, path in named:
+        header, rows = read_rows(path)
+        figures = _figures(header, rows, gold[1] if gold else None)
+        runs.append(Run(name or Path(path).parent.name, figures, rows, settings=header.get("settings"), role=role))
+    print(table(runs))
+    print(f"\n{write_report(args.output, args.title, runs)}")
+
+
+def _figures(header: dict, rows: list[dict], reference: list[dict] | None) -> dict[str, Figure]:
+    name = header.get("suite", "tofu")
+    if name not in SUITES:
+        raise ValueError(f"The rows are of the suite {name!r}; known are {', '.join(SUITES)}.")
+    general = {key: Figure.from_json(entry) for key, entry in header.get("general", {}).items()}
+    return SUITES[name].summarise(rows, reference) | general
+
+
+def _table(name: str, figures: dict[str, Figure], reference: tuple[dict, list[dict]] | None) -> str:
+    runs = [Run(Path(name).name or name, figures)]
     if reference:
-        # Before the model runs: a reference of other rows would only be found out afterwards.
-        tofu.match_reference(tofu.unscored_rows(splits), reference)
-    model, tokenizer = load_model(args.model, args.device, args.dtype, args.seed)
-    (output / "summary.json").unlink(missing_ok=True)
-    rows = tofu.evaluate_model(model, tokenizer, splits, args.batch_size, args.prompt_template, args.max_new_tokens)
-    apart = ("command", "model", "output", "overwrite", "seed")
-    settings = {name: value for name, value in vars(args).items() if name not in apart}
-    settings |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    write_rows(output / "rows.jsonl", rows, make_header(args.model, settings, args.seed))
-    summary = tofu.summarise(rows, reference)
-    write_whole(output / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    print(_table(args.model, summary, args.reference, reference))
-
-
-def load_model(
-    name: str, device: str | None = None, dtype: str = "auto", seed: int = 0
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """
-    Loads a model, or an adapter on its base model, with its tokenizer.
-
-    Args:
-        name (`str`): Folder or hub id.
-        device (`str`, *optional*): By default a GPU if there is one.
-        dtype (`str`, *optional*, defaults to `"auto"`): `float32`, `bfloat16`, ...; by default that of the weights.
-        seed (`int`, *optional*, defaults to 0): Set before anything else.
-
-    Raises:
-        ValueError: If `name` is a folder without a model, or `dtype` is no floating dtype.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    folder = Path(name)
-    is_adapter = (folder / "adapter_config.json").exists()
-    if folder.exists() and not is_adapter and not (folder / "config.json").exists():
-        raise ValueError(f"--model {name} holds no model: there is no config.json and no adapter_config.json in it.")
-    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"--model {name}: no such folder.")
-    if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
-        raise ValueError(f"--dtype {dtype} is unknown: use auto, float32, bfloat16 or float16.")
-    set_seed(seed)
-    tokenizer_name = name
-    if is_adapter:
-        from peft import AutoPeftModelForCausalLM, PeftConfig
-
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
-        if not (folder / "tokenizer_config.json").exists():
-            tokenizer_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(tokenizer_name)
-
-
-def _table(name: str, summary: dict, reference_name: str | None, reference: list[dict] | None) -> str:
-    runs = [Run(Path(name).name or name, summary)]
-    if reference:
-        runs.append(Run("reference", tofu.summarise(reference, reference), role="gold"))
+        runs.append(Run("reference", _figures(*reference, reference[1]), role="gold"))
     return table(runs)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m soul_eval", description="Evaluates unlearned models.")
-    commands = parser.add_subparsers(required=True, metavar="{tofu,summarise}")
-    suite = commands.add_parser("tofu", help="evaluate a model on TOFU, or on a dataset of its form")
-    suite.set_defaults(command=run_tofu)
-    suite.add_argument("--model", required=True, help="folder or hub id of a causal language model or an adapter")
-    suite.add_argument("--output", required=True, help="folder for rows.jsonl and summary.json")
-    suite.add_argument("--reference", metavar="ROWS", help="rows.jsonl of the gold model, for the forget quality")
-    suite.add_argument("--dataset", default="locuslab/TOFU", help="hub id, or a folder in its layout (%(default)s)")
-    suite.add_argument("--forget_split", default="forget10", help="forget01, forget05, forget10 (%(default)s)")
-    suite.add_argument("--batch_size", type=int, default=32, help="answers in a forward (%(default)s)")
-    suite.add_argument("--held_out_rows", type=int, default=0, help="last rows of retain_perturbed, held out")
-    suite.add_argument("--limit", type=int, help="evaluate the first rows of each split only")
-    suite.add_argument("--max_new_tokens", type=int, default=200, help="length of a generation (%(default)s)")
-    suite.add_argument(
-        "--prompt_template", help="as in training; by default the tokenizer's chat template, else plain"
+    parser = argparse.ArgumentParser(
+        prog="python -m soul_eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suite.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
-    suite.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; by default that of the weights")
-    suite.add_argument("--seed", type=int, default=0, help="recorded with the rows (%(default)s)")
-    suite.add_argument("--overwrite", action="store_true", help="replace finished results in --output")
+    commands = parser.add_subparsers(
+        required=True, metavar=f"{{{','.join([*SUITES, 'summarise', 'compare', 'report'])}}}"
+    )
     summarise = commands.add_parser("summarise", help="figures of rows that are there already; needs no model")
     summarise.set_defaults(command=run_summarise)
     summarise.add_argument("rows", help="rows.jsonl")
-    summarise.add_argument("--reference", metavar="ROWS", help="rows.jsonl of the gold model, for the forget quality")
-    summarise.add_argument("--json", action="store_true", help="print one flat JSON object and nothing else")
+    summarise.add_argument("--reference", metavar="ROWS", help="rows.jsonl of the gold model")
+    summarise.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    compare = commands.add_parser("compare", help="whether two models differ on the same rows")
+    compare.set_defaults(command=run_compare)
+    compare.add_argument("first", help="rows.jsonl of one model")
+    compare.add_argument("second", help="rows.jsonl of the other")
+    report = commands.add_parser("report", help="a page of finished rows, with answers side by side")
+    report.set_defaults(command=run_report)
+    report.add_argument("rows", nargs="+", metavar="NAME=ROWS", help="rows.jsonl of an unlearned model, and its name")
+    report.add_argument("--target", metavar="ROWS", help="rows.jsonl of the model before unlearning")
+    report.add_argument("--gold", metavar="ROWS", help="rows.jsonl of the model that never saw the rows to forget")
+    report.add_argument("--output", required=True, help="folder of the report")
+    report.add_argument("--title", default="Unlearning", help="its title (%(default)s)")
     return parser
 
 

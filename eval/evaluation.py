@@ -9,9 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from soul_trainer.engines import Engine
 from soul_trainer.formats import Example, render
 
+from .gradient_norms import gradient_norms
 from .journal import Journal, Key
 from .scoring import AUTO, generate_answers, score_answers
-from .suites.base import Part
+from .suites.base import DETAILS, GENERATION, GRADIENT, Part
 
 
 def ask(
@@ -48,19 +49,21 @@ def ask(
     parts = {(row["split"], row["index"], part.name): part for row in rows for part in parts_of(row)}
     found = dict(journal.done) if journal else {}
     todo = {key: part for key, part in parts.items() if key not in found}
-    passes = defaultdict(dict)
+    passes: dict[tuple, dict[Key, Part]] = defaultdict(dict)
     for key, part in todo.items():
-        passes[part.max_new_tokens or 0, part.details][key] = part
-    for (max_new_tokens, details), members in sorted(passes.items()):
-        settings = {"batch_size": batch_size, "engine": engine, "progress": progress and _is_main(engine)}
+        passes[part.kind, part.max_new_tokens][key] = part
+    settings = {"engine": engine, "progress": progress and (engine is None or engine.process_index == 0)}
+    for (kind, max_new_tokens), members in passes.items():
         examples = {key: _examples(key, part, tokenizer, prompt_template) for key, part in members.items()}
-        if max_new_tokens:
+        if kind == GRADIENT:
+            answers = _gradient_norms(model, tokenizer, examples, **settings)
+        elif kind == GENERATION:
             prompts = [rendered for (rendered,) in examples.values()]
-            texts = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **settings)
-            keys = list(examples)
-            answers = ((keys[place], text) for place, text in texts)
+            texts = generate_answers(model, tokenizer, prompts, batch_size, max_new_tokens, **settings)
+            answers = _with_keys(list(examples), texts)
         else:
-            answers = _whole_parts(model, tokenizer, examples, details, settings)
+            scoring = {"batch_size": batch_size, "details": kind == DETAILS, **settings}
+            answers = _whole_parts(model, tokenizer, examples, scoring)
         found |= _finished(answers, members, journal, engine)
     merged = []
     for row in rows:
@@ -69,12 +72,26 @@ def ask(
     return merged
 
 
-def _whole_parts(model, tokenizer, examples: dict[Key, list[Example]], details: bool, settings: dict) -> Iterator:
+def _with_keys(keys: list[Key], answers: Iterator[tuple[int, str]]) -> Iterator[tuple[Key, str]]:
+    """Answers under their keys instead of their places."""
+    return ((keys[place], answer) for place, answer in answers)
+
+
+def _gradient_norms(
+    model, tokenizer, examples: dict[Key, list[Example]], engine: Engine | None, progress: bool
+) -> Iterator:
+    if engine is not None and engine.shards:
+        raise ValueError("Norms of gradients need a whole model on each process: evaluate without them here.")
+    keys = list(examples)[slice(None) if engine is None else slice(engine.process_index, None, engine.num_processes)]
+    return zip(keys, gradient_norms(model, tokenizer, [examples[key][0] for key in keys], progress))
+
+
+def _whole_parts(model, tokenizer, examples: dict[Key, list[Example]], settings: dict) -> Iterator:
     """Keys of parts and the scores of all their answers, which may have been given on several processes."""
     flat = [(key, place) for key, rendered in examples.items() for place in range(len(rendered))]
     scores: dict[Key, dict] = defaultdict(dict)
     everything = [example for rendered in examples.values() for example in rendered]
-    for place, score in score_answers(model, tokenizer, everything, details=details, **settings):
+    for place, score in score_answers(model, tokenizer, everything, **settings):
         key, answer = flat[place]
         scores[key][answer] = score
         if len(scores[key]) == len(examples[key]):
@@ -108,7 +125,3 @@ def _examples(key: Key, part: Part, tokenizer: PreTrainedTokenizerBase, template
         return [render(answer, tokenizer, template) for answer in part.answers]
     except ValueError as error:
         raise ValueError(f"Row {key[1]} of `{key[0]}`: {error}") from error
-
-
-def _is_main(engine: Engine | None) -> bool:
-    return engine is None or engine.process_index == 0

@@ -1,8 +1,8 @@
 """
 What an evaluation has found so far, on disk: after a kill it goes on with the rows that are missing.
 
-Each process adds to a file of its own, whose first line says what is evaluated. A file that says something else is of no
-use and is removed. Imports no torch.
+Each process adds to a file of its own, whose first line says what is evaluated. A file that says something else is of
+no use and is removed. Imports no torch.
 """
 
 import json

@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-FORMAT = "soul_eval.rows/1"
+FORMAT = "soul_eval.rows/2"
 NUMBERS = ("answer_nll", "paraphrased_nll", "rougeL_recall", "rouge1_recall")
 _LIBRARIES = ("soul-trainer", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "rouge_score")
 
 
-def make_header(model: str, settings: dict, seed: int) -> dict:
+def make_header(model: str, settings: dict, seed: int, suite: str = "tofu", **identity: object) -> dict:
     """
     What it takes to make the rows again.
 
@@ -25,13 +25,17 @@ def make_header(model: str, settings: dict, seed: int) -> dict:
         model (`str`): Path or hub id of the model.
         settings (`dict`): The settings of the evaluation.
         seed (`int`): The seed that was set, although nothing here draws at random.
+        suite (`str`, *optional*, defaults to `"tofu"`): Whose rows they are.
+        **identity: What else tells these rows from others: hashes of the weights and of the questions.
 
     Returns:
-        `dict`: `format`, `model`, `settings`, `seed`, `commit`, `libraries` and `time`.
+        `dict`: `format`, `suite`, `model`, `settings`, `seed`, `commit`, `libraries`, ``time`, and `identity`.
     """
     return {
         "format": FORMAT,
+        "suite": suite,
         "model": model,
+        **identity,
         "settings": settings,
         "seed": seed,
         "commit": _commit(),
@@ -97,15 +101,15 @@ def check_rows(rows: Iterable[dict], where: str = "") -> None:
     Raises a `ValueError` that names the row, after `where`, if one of its numbers is none or not finite.
     """
     for row in rows:
-        for key in NUMBERS:
-            if row.get(key) is not None:
-                _check_number(row[key], f"{where}`{key}` of {_name(row)}")
-        perturbed = row.get("perturbed_nll")
-        if perturbed is not None:
-            if not isinstance(perturbed, list) or not perturbed:
-                raise ValueError(f"{where}`perturbed_nll` of {_name(row)} must be a list, but it is {perturbed!r}.")
-            for value in perturbed:
-                _check_number(value, f"{where}`perturbed_nll` of {_name(row)}")
+        for key, value in row.items():
+            if key in NUMBERS and value is not None or isinstance(value, float):
+                _check_number(value, f"{where}`{key}` of {_name(row)}")
+            elif key == "perturbed_nll" and value is not None and (not isinstance(value, list) or not value):
+                raise ValueError(f"{where}`perturbed_nll` of {_name(row)} must be a list, but it is {value!r}.")
+            elif isinstance(value, list):
+                for each in value:
+                    if key == "perturbed_nll" or isinstance(each, float):
+                        _check_number(each, f"{where}`{key}` of {_name(row)}")
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

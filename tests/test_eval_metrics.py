@@ -13,6 +13,7 @@ from soul_eval.metrics.answer_probability.formula import answer_probability, nor
 from soul_eval.metrics.forget_quality.formula import forget_quality
 from soul_eval.metrics.model_utility.formula import model_utility
 from soul_eval.metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_score, truth_ratios
+from soul_eval.statistics import values
 from soul_eval.suites.tofu import summarise
 
 
@@ -58,7 +59,6 @@ def official(rows, gold):
         figures[f"{split}_probability"] = probability
         figures[f"{split}_rougeL_recall"] = sum(row["rougeL_recall"] for row in own) / len(own)
         figures[f"{split}_truth_ratio"] = ratio_score
-        figures[f"{split}_rows"] = len(own)
     nine = [
         figures[f"{split}_{name}"]
         for split in ("retain", "real_authors", "world_facts")
@@ -79,7 +79,7 @@ def test_summary_is_the_official_one(scale, spread):
     """Catches a swapped ratio, a mean of ratios for a ratio of means, probabilities not normalised or too often."""
     for seed in range(3):
         rows, gold = random_rows(seed, scale=scale, spread=spread), random_rows(seed + 50)
-        assert summarise(rows, gold) == pytest.approx(official(rows, gold), **EXACT)
+        assert values(summarise(rows, gold)) == pytest.approx(official(rows, gold), **EXACT)
 
 
 def test_extreme_losses_give_finite_figures():
@@ -90,7 +90,7 @@ def test_extreme_losses_give_finite_figures():
         row["perturbed_nll"] = [5000.0 if place % 3 else 2500.0] * len(row["perturbed_nll"])
     with np.errstate(all="raise", under="ignore"):
         summary = summarise(rows, random_rows(1))
-        assert all(math.isfinite(value) for value in summary.values())
+        assert all(math.isfinite(value) for value in values(summary).values())
         assert normalised_answer_probability([5000.0, 1000.0], [[1000.0], [1000.0] * 3]) == pytest.approx(0.125)
         assert truth_ratios([5000.0, 0.0], [[0.0], [5000.0]]).tolist() == [math.inf, 0.0]
         assert truth_ratio_score(log_truth_ratios([5000.0, 0.0], [[0.0], [5000.0]]), "retain") == 0.5

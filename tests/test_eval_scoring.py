@@ -154,6 +154,18 @@ def test_generations_are_those_of_one_prompt_at_a_time(trained, tokenizer, examp
     assert len(set(expected)) > 3 and len({len(answer) for answer in expected}) > 2
 
 
+def test_rows_leave_a_generation_when_they_are_done(trained, tokenizer, examples):
+    """Catches rows that are carried along to the end of the longest: the rows of each forward are counted."""
+    sizes = []
+    hook = trained.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    greedy_answers(trained, tokenizer, examples, max_new_tokens=24, progress=False)
+    hook.remove()
+    assert sizes[0] == len(examples) and sizes[-1] < len(examples) / 2
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 24
+
+
 def test_generation_ignores_the_models_own_settings_and_puts_everything_back(tokenizer, examples, trained):
     """Catches sampling or penalties that leak in from a chat model's generation config, and state left behind."""
     expected = greedy_answers(trained, tokenizer, examples, max_new_tokens=24, progress=False)

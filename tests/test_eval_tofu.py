@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from soul_eval.__main__ import main
 from soul_eval.rows import make_header, read_rows, write_rows
 from soul_eval.scoring import answer_losses, greedy_answers
-from soul_eval.suites.tofu import add_generations, evaluate_model, load_splits, summarise
+from soul_eval.statistics import Figure
+from soul_eval.suites.tofu import TofuArguments, evaluate_model, load_splits, parts, summarise
 from soul_eval.trajectory import TrajectoryCallback
 from soul_trainer.formats import prepare, render
 
@@ -94,7 +95,7 @@ def test_rows_hold_what_the_model_says_of_each_answer(dataset, tokenizer):
     """Catches losses handed to the wrong row or answer, and a paraphrase of the question instead of the answer."""
     splits = load_splits(dataset, "forget_small")
     model = small_llama().eval()
-    rows = evaluate_model(model, tokenizer, splits, batch_size=4, max_new_tokens=8, progress=False)
+    rows = evaluate_model(model, tokenizer, splits, 150, max_new_tokens=8, progress=False)
     assert [(row["split"], row["index"]) for row in rows] == [(s, i) for s in splits for i in range(6)]
     for row in rows[::5]:
         item = splits[row["split"]][row["index"]]
@@ -104,7 +105,7 @@ def test_rows_hold_what_the_model_says_of_each_answer(dataset, tokenizer):
         losses = [row["answer_nll"], row["paraphrased_nll"], *row["perturbed_nll"]]
         alone = [answer_losses(model, tokenizer, [example], progress=False)[0] for example in examples]
         assert losses == pytest.approx(alone, abs=1e-5)  # float32 sums over other padded widths
-        assert row["generation"] == greedy_answers(model, tokenizer, examples[:1], 1, 8, progress=False)[0]
+        assert row["generation"] == greedy_answers(model, tokenizer, examples[:1], "auto", 8, progress=False)[0]
     without = evaluate_model(model, tokenizer, splits, generate=False, progress=False)
     assert "generation" not in without[0] and "model_utility" not in summarise(without)
     with pytest.raises(ValueError, match=r"'forget' lacks the columns \['perturbed_answer'\]"):
@@ -113,8 +114,10 @@ def test_rows_hold_what_the_model_says_of_each_answer(dataset, tokenizer):
 
 def test_rouge_is_recall_of_the_true_answer():
     """Catches precision for recall, swapped arguments, and scoring without the stemmer."""
-    rows = [{"answer": "She was painting rivers"}, {"answer": "A red map"}]
-    add_generations(rows, ["rivers painted she saw, and many other things", ""])
+    rows = []
+    for answer, text in (("She was painting rivers", "rivers painted she saw, and many other things"), ("A map", "")):
+        row = {"split": "world_facts", "index": 0, "question": "What?", "answer": answer, "perturbed_answer": ["B"]}
+        rows.append(parts(row, TofuArguments())[1].finish(text))
     assert rows[0]["rouge1_recall"] == 3 / 4 and rows[0]["rougeL_recall"] == 1 / 4
     assert rows[1]["rougeL_recall"] == 0 and rows[1]["generation"] == ""
 
@@ -153,7 +156,11 @@ def test_figures_without_their_rows_are_left_out():
     """Catches a crash, or a utility of fewer than nine numbers, where a split or a column is missing."""
     rows = random_rows(0, num_rows=4)
     no_facts = summarise([row for row in rows if row["split"] != "world_facts"])
-    assert "model_utility" not in no_facts and "world_facts_rows" not in no_facts and "retain_probability" in no_facts
+    assert (
+        "model_utility" not in no_facts
+        and "world_facts_probability" not in no_facts
+        and "retain_probability" in no_facts
+    )
     no_held_out = summarise([row for row in rows if row["split"] != "held_out"])
     assert no_held_out["model_utility"] == summarise(rows)["model_utility"]
     no_rouge = summarise([{key: value for key, value in row.items() if key != "rougeL_recall"} for row in rows])
@@ -218,28 +225,21 @@ def test_command_line_evaluates_a_model(dataset, model_dir, tmp_path, capsys):
     assert header["model"] == model_dir and header["seed"] == 7 and header["settings"]["limit"] == 3
     assert len(rows) == 15
     summary = json.loads((own / "summary.json").read_text())
-    assert summary == summarise(rows, read_rows(gold / "rows.jsonl")[1])
-    assert summary["forget_quality"] == 1.0 and summary["forget_rows"] == 3
+    figures = {name: Figure.from_json(entry) for name, entry in summary.items()}
+    assert figures == summarise(rows, read_rows(gold / "rows.jsonl")[1])
+    assert figures["forget_quality"].value == 1.0 and figures["forget_quality"].num_rows == 3
     before = (own / "rows.jsonl").read_text()
-    assert main([*arguments, "--output", str(own)]) == 1
-    assert "holds results: add --overwrite" in capsys.readouterr().err
-    (own / "summary.json").unlink()  # the rows of a run of the recipe come without
-    assert main([*arguments, "--output", str(own)]) == 1
+    assert main([*arguments, "--output", str(own)]) == 0  # the same model again: nothing to do but the figures
     assert (own / "rows.jsonl").read_text() == before
-    assert main([*arguments, "--output", str(own), "--overwrite"]) == 0
     assert "forget_quality" not in json.loads((own / "summary.json").read_text())
-    # The last --limit and --model count; a model that does not exist would raise if it were loaded first.
-    other = [
-        *arguments,
-        *reference,
-        "--limit",
-        "2",
-        "--model",
-        str(tmp_path / "none"),
-        "--output",
-        str(tmp_path / "x"),
-    ]
+    other = [*arguments, "--max_new_tokens", "5", "--output", str(own)]
     assert main(other) == 1
+    assert "holds results of another settings: add --overwrite" in capsys.readouterr().err
+    assert (own / "rows.jsonl").read_text() == before
+    assert main([*other, "--overwrite"]) == 0
+    assert (own / "rows.jsonl").read_text() != before
+    # The last --limit counts.
+    assert main([*arguments, *reference, "--limit", "2", "--output", str(tmp_path / "x")]) == 1
     assert "`reference` has 3 forget rows and the model 2" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -276,7 +276,8 @@ def test_summarise_prints_one_object_and_imports_no_torch(tmp_path):
     command += ["--reference", str(tmp_path / "gold.jsonl"), "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=python_path(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout, parse_constant=pytest.fail) == summarise(rows, gold)
+    printed = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert {name: Figure.from_json(entry) for name, entry in printed.items()} == summarise(rows, gold)
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "soul_eval.suites.tofu" in imported
     assert not imported & {"torch", "transformers", "datasets", "evaluate", "matplotlib", "soul_trainer"}

@@ -5,19 +5,29 @@ Figures are those of TOFU's own `aggregate_eval_stat.py`, and the same three of 
 learnt and unlearning never saw. Libraries that only a model needs are imported where one is used.
 """
 
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ..extras import require
-from ..metrics.answer_probability.formula import answer_probability, normalised_answer_probability
-from ..metrics.forget_quality.formula import forget_quality
+import numpy as np
+
+from ..metrics.answer_probability.formula import answer_probabilities, normalised_answer_probabilities
+from ..metrics.forget_quality.formula import forget_quality, p_value_of
 from ..metrics.model_utility.formula import model_utility
-from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_score, truth_ratios
+from ..metrics.rouge_overlap.formula import rouge_scores
+from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores, truth_ratios
 from ..rows import check_rows
+from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, resampled_means
+from .base import GENERATION, Part, Suite, by_split, column, match_rows
+from .embedding import embedding_figures, judge_embeddings
+from .membership import membership_figures, membership_parts
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from soul_trainer.engines import Engine
 
 
 SPLITS = ("forget", "retain", "held_out", "real_authors", "world_facts")
@@ -25,10 +35,41 @@ SPLITS = ("forget", "retain", "held_out", "real_authors", "world_facts")
 OPTION_SPLITS = ("real_authors", "world_facts")
 UTILITY_SPLITS = ("retain", "real_authors", "world_facts")
 FIGURES = ("probability", "rougeL_recall", "truth_ratio")
+# Asked for their likelihood alone: rows of the same kind that no model was trained on.
+NON_MEMBERS = "non_members"
+
+
+@dataclass
+class TofuArguments:
+    """The rows of TOFU, or of a dataset of its form."""
+
+    dataset: str = field(default="locuslab/TOFU", metadata={"help": "Hub id, or a folder in its layout."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
+    forget_split: str = field(default="forget10", metadata={"help": "What was to be forgotten: forget01, 05 or 10."})
+    held_out_rows: int = field(
+        default=0, metadata={"help": "So many last rows of retain_perturbed are held out, where there is no such set."}
+    )
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest generation, in tokens."})
+    generate: bool = field(default=True, metadata={"help": "Whether the model answers questions itself, for ROUGE."})
+    non_members: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of rows that no model has seen, for membership inference: holdout10, ..."},
+    )
+    gradient_norms: bool = field(
+        default=False, metadata={"help": "Whether membership inference also uses norms of gradients, row by row."}
+    )
+    embedding_model: str | None = field(
+        default=None,
+        metadata={"help": "Sentence embeddings for SOUL's accuracy: sentence-transformers/paraphrase-MiniLM-L6-v2."},
+    )
 
 
 def load_splits(
-    dataset: str, forget_split: str = "forget10", limit: int | None = None, held_out_rows: int = 0
+    dataset: str,
+    forget_split: str = "forget10",
+    limit: int | None = None,
+    held_out_rows: int = 0,
+    revision: str | None = None,
 ) -> "dict[str, Dataset]":
     """
     Loads the rows of the suite.
@@ -40,6 +81,7 @@ def load_splits(
         held_out_rows (`int`, *optional*, defaults to 0):
             Where the dataset has no `held_out_perturbed`, as TOFU has none, so many rows at the end of
             `retain_perturbed` become `held_out`. TOFU's own evaluation asks the first 300 of those 400 rows.
+        revision (`str`, *optional*): Of a dataset on the hub.
 
     Returns:
         `dict[str, Dataset]`: By name of `SPLITS`; without `held_out` where the dataset has no `held_out_perturbed`.
@@ -53,7 +95,7 @@ def load_splits(
         raise ValueError(f"`held_out_rows` must be at least 0, but it is {held_out_rows}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, but it is {limit}.")
-    known = get_dataset_config_names(dataset)
+    known = get_dataset_config_names(dataset, revision=revision)
     configs = {split: f"{forget_split if split == 'forget' else split}_perturbed" for split in SPLITS}
     splits = {}
     for split, config in configs.items():
@@ -64,7 +106,7 @@ def load_splits(
                 f"`dataset`={dataset!r} has no configuration {config!r} for the split {split!r}; it has "
                 f"{', '.join(known)}. Name the rows to forget with `forget_split`."
             )
-        splits[split] = load_dataset(dataset, config)["train"]
+        splits[split] = load_dataset(dataset, config, revision=revision)["train"]
     if held_out_rows and "held_out" not in splits:
         retain = splits["retain"]
         if held_out_rows >= len(retain):
@@ -78,11 +120,12 @@ def evaluate_model(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     splits: "dict[str, Dataset]",
-    batch_size: int = 32,
+    batch_size: int | str = "auto",
     prompt_template: str | None = None,
     max_new_tokens: int = 200,
     generate: bool = True,
     progress: bool = True,
+    engine: "Engine | None" = None,
 ) -> list[dict]:
     """
     Makes one row an example: all losses of all splits in one pass, then all generations in one.
@@ -91,71 +134,74 @@ def evaluate_model(
         model ([`~transformers.PreTrainedModel`]): A causal language model, on the device where it is to run.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         splits (`dict[str, Dataset]`): From [`load_splits`].
-        batch_size (`int`, *optional*, defaults to 32): Answers in a forward; generations are twice as many.
+        batch_size (`int` or `str`, *optional*, defaults to `"auto"`): Tokens in a batch, padding included.
         prompt_template (`str`, *optional*): As in training; see `soul_trainer.formats.render`.
         max_new_tokens (`int`, *optional*, defaults to 200): Where a generation is cut off.
         generate (`bool`, *optional*, defaults to `True`): Without, rows have no `generation` and no ROUGE.
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+        engine ([`~soul_trainer.engines.Engine`], *optional*): Shares the rows out over its processes.
 
     Returns:
         `list[dict]`: Rows with `split`, `index`, `question`, `answer`; with `answer_nll`, `paraphrased_nll` and
-        `perturbed_nll`, means per token in nats; and if `generate`, `generation`, `rouge1_recall` and `rougeL_recall`.
+        `perturbed_nll`, means per token in nats; and if `generate`, `generation` and its ROUGE scores.
     """
-    from ..scoring import answer_losses, greedy_answers
+    from ..evaluation import ask
 
-    rows = unscored_rows(splits)
-    answers = [_answers(split, item) for split, items in splits.items() for item in items]
-    examples = _examples(rows, answers, tokenizer, prompt_template)
-    losses = iter(
-        answer_losses(
-            model,
-            tokenizer,
-            [example for row_examples in examples for example in row_examples],
-            batch_size,
-            progress=progress,
-        )
+    arguments = TofuArguments(max_new_tokens=max_new_tokens, generate=generate)
+    parts_of = partial(parts, arguments=arguments)
+    return ask(
+        model, tokenizer, unscored_rows(splits), parts_of, batch_size, prompt_template, engine, progress=progress
     )
-    for row, row_answers in zip(rows, answers):
-        row["answer_nll"] = next(losses)
-        row["paraphrased_nll"] = row["answer_nll"] if row["split"] in OPTION_SPLITS else next(losses)
-        num_perturbed = len(row_answers) - (1 if row["split"] in OPTION_SPLITS else 2)
-        row["perturbed_nll"] = [next(losses) for _ in range(num_perturbed)]
-    if generate:
-        prompts = [row_examples[0] for row_examples in examples]
-        texts = greedy_answers(model, tokenizer, prompts, 2 * batch_size, max_new_tokens, progress=progress)
-        add_generations(rows, texts)
-    return rows
 
 
 def unscored_rows(splits: "dict[str, Dataset]") -> list[dict]:
-    """The rows of a suite before any model has seen them: `split`, `index`, `question`, `answer`."""
+    """The rows of a suite before any model has seen them: `split`, `index`, the question and its answers."""
+    rows = []
     for split, items in splits.items():
-        needed = {
-            "question",
-            "answer",
-            "perturbed_answer",
-            *([] if split in OPTION_SPLITS else ["paraphrased_answer"]),
-        }
-        if missing := needed.difference(items.column_names):
+        kept = ["question", "answer", "perturbed_answer", *([] if split in OPTION_SPLITS else ["paraphrased_answer"])]
+        if split == NON_MEMBERS:
+            kept = ["question", "answer"]
+        if missing := set(kept).difference(items.column_names):
             raise ValueError(f"The split {split!r} lacks the columns {sorted(missing)}; it has {items.column_names}.")
-    return [
-        {"split": split, "index": index, "question": item["question"], "answer": item["answer"]}
-        for split, items in splits.items()
-        for index, item in enumerate(items)
-    ]
+        for index, item in enumerate(items.select_columns(kept)):
+            if isinstance(item.get("perturbed_answer"), str):
+                item["perturbed_answer"] = [item["perturbed_answer"]]
+            rows.append({"split": split, "index": index, **item})
+    return rows
 
 
-def add_generations(rows: list[dict], generations: list[str]) -> None:
-    """Adds `generation` and, as TOFU measures it against `answer`, `rouge1_recall` and `rougeL_recall` to rows."""
-    scorer = require("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    for row, generation in zip(rows, generations):
-        scores = scorer.score(row["answer"], generation)
-        row["generation"] = generation
-        row["rouge1_recall"] = scores["rouge1"].recall
-        row["rougeL_recall"] = scores["rougeL"].recall
+def parts(row: dict, arguments: TofuArguments) -> list[Part]:
+    """What is asked about a row: the likelihoods of its answers, and an answer of the model's own."""
+    question = row["question"]
+
+    def with_answers(*answers: str) -> list[dict]:
+        return [{"question": question, "answer": answer} for answer in answers]
+
+    if row["split"] == NON_MEMBERS:
+        return membership_parts(with_answers(row["answer"])[0], arguments.gradient_norms)
+    paraphrased = [row["paraphrased_answer"]] if "paraphrased_answer" in row else []
+
+    def nlls(scores: list) -> dict:
+        answer, *others = (score.nll for score in scores)
+        return {
+            "answer_nll": answer,
+            "paraphrased_nll": others[0] if paraphrased else answer,
+            "perturbed_nll": others[len(paraphrased) :],
+        }
+
+    asked = [Part("losses", with_answers(row["answer"], *paraphrased, *row["perturbed_answer"]), nlls)]
+    if arguments.generate:
+
+        def overlap(text: str) -> dict:
+            return {"generation": text, **rouge_scores(row["answer"], text)}
+
+        asked.append(Part("generation", with_answers(row["answer"]), overlap, GENERATION, arguments.max_new_tokens))
+    if arguments.non_members and row["split"] == "forget":
+        asked += membership_parts(with_answers(row["answer"])[0], arguments.gradient_norms)
+    return asked
 
 
-def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dict[str, float]:
+def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dict[str, Figure]:
     """
     TOFU's figures, from rows alone.
 
@@ -164,121 +210,106 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
         reference_rows (`list[dict]`, *optional*): Of the gold model, on the same forget rows.
 
     Returns:
-        `dict[str, float]`: `model_utility`; `forget_quality` and `ks_statistic` if there are `reference_rows`; for
-        each split `<split>_probability`, `<split>_rougeL_recall`, `<split>_truth_ratio` and `<split>_rows`, their
-        number. A figure whose rows or columns are missing is left out.
+        `dict[str, Figure]`: `model_utility`; `forget_quality` and `ks_statistic` if there are `reference_rows`; and
+        for each split `<split>_probability`, `<split>_rougeL_recall` and `<split>_truth_ratio`. A figure whose rows or
+        columns are missing is left out.
 
     Raises:
         ValueError: If a number is missing or not finite, or `reference_rows` are not of the same forget rows.
     """
     check_rows(rows)
-    by_split: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for row in rows:
-        if row["split"] not in by_split:
-            raise ValueError(f"`split` must be one of {SPLITS}, but row {row['index']} has {row['split']!r}.")
-        by_split[row["split"]].append(row)
-    figures = {}
-    for split, split_rows in by_split.items():
-        if split_rows:
-            found = _split_figures(split, split_rows)
-            figures |= {f"{split}_{name}": value for name, value in found.items()}
-    utility = [figures.get(f"{split}_{name}") for split in UTILITY_SPLITS for name in FIGURES]
-    summary = {} if None in utility else {"model_utility": model_utility(utility)}
-    if reference_rows is not None and by_split["forget"]:
-        summary |= _forget_quality(by_split["forget"], reference_rows)
-    return summary | figures
+    split_rows = by_split(rows, (*SPLITS, NON_MEMBERS))
+    values = {
+        f"{split}_{name}": row_values
+        for split in SPLITS
+        for name, row_values in _row_values(split, split_rows[split]).items()
+    }
+    figures = {name: mean_figure(row_values, name.partition("_")[0]) for name, row_values in values.items()}
+    summary = _utility(values) | figures
+    if reference_rows is not None and split_rows["forget"]:
+        summary = _forget_quality(split_rows["forget"], reference_rows) | summary
+    summary |= membership_figures(split_rows["forget"], split_rows[NON_MEMBERS], reference_rows)
+    return summary | embedding_figures(rows)
 
 
 def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:
-    """
-    The forget rows of a reference, which must be those of `rows`.
-
-    Raises:
-        ValueError: If their indices or their questions differ.
-    """
+    """The forget rows of a reference; a `ValueError` if their indices or questions are not those of `rows`."""
     check_rows(reference_rows)
-    own = {row["index"]: row for row in rows if row["split"] == "forget"}
-    reference = {row["index"]: row for row in reference_rows if row["split"] == "forget"}
-    advice = "Evaluate both models on the same dataset, forget split and limit."
-    if own.keys() != reference.keys():
-        num_common = len(own.keys() & reference)
-        raise ValueError(
-            f"`reference` has {len(reference)} forget rows and the model {len(own)}, {num_common} of them the same. "
-            f"{advice}"
-        )
-    for index, row in own.items():
-        questions = {each["question"] for each in (row, reference[index]) if each.get("question") is not None}
-        if len(questions) > 1:
-            raise ValueError(f"`reference` has another question in forget row {index}: {sorted(questions)}. {advice}")
-    return list(reference.values())
+    return match_rows(rows, reference_rows, ("forget",), "question")
 
 
-def _answers(split: str, item: dict) -> list[str]:
-    paraphrased = [] if split in OPTION_SPLITS else [item["paraphrased_answer"]]
-    perturbed = item["perturbed_answer"]
-    return [item["answer"], *paraphrased, *([perturbed] if isinstance(perturbed, str) else perturbed)]
-
-
-def _examples(
-    rows: list[dict], answers: list[list[str]], tokenizer: "PreTrainedTokenizerBase", prompt_template: str | None
-) -> list[list]:
-    from soul_trainer.formats import render
-
-    examples = []
-    for row, row_answers in zip(rows, answers):
-        try:
-            examples.append(
-                [
-                    render({"question": row["question"], "answer": answer}, tokenizer, prompt_template)
-                    for answer in row_answers
-                ]
-            )
-        except ValueError as error:
-            raise ValueError(f"Row {row['index']} of `{row['split']}`: {error}") from error
-    return examples
-
-
-def _split_figures(split: str, rows: list[dict]) -> dict[str, float]:
+def _row_values(split: str, rows: list[dict]) -> dict[str, np.ndarray]:
+    """The values of a split's figures, one a row."""
     if split in OPTION_SPLITS:
-        rows = [{**row, "paraphrased_nll": _first(row.get("paraphrased_nll"), row.get("answer_nll"))} for row in rows]
-    answer, paraphrased, perturbed, rouge = (
-        _column(rows, key) for key in ("answer_nll", "paraphrased_nll", "perturbed_nll", "rougeL_recall")
-    )
-    figures = {}
+        rows = [{"paraphrased_nll": row.get("answer_nll"), **_present(row)} for row in rows]
+    keys = ("answer_nll", "paraphrased_nll", "perturbed_nll", "rougeL_recall")
+    answer, paraphrased, perturbed, rouge = (column(rows, key) for key in keys)
+    found = {}
     if answer and split not in OPTION_SPLITS:
-        figures["probability"] = answer_probability(answer)
+        found["probability"] = answer_probabilities(answer)
     elif answer and perturbed:
-        figures["probability"] = normalised_answer_probability(answer, perturbed)
+        found["probability"] = normalised_answer_probabilities(answer, perturbed)
     if rouge:
-        figures["rougeL_recall"] = float(sum(rouge) / len(rouge))
+        found["rougeL_recall"] = np.asarray(rouge)
     if paraphrased and perturbed:
         side = "forget" if split == "forget" else "retain"
-        figures["truth_ratio"] = truth_ratio_score(log_truth_ratios(paraphrased, perturbed), side)
-    return {**figures, "rows": len(rows)}
+        found["truth_ratio"] = truth_ratio_scores(log_truth_ratios(paraphrased, perturbed), side)
+    return found
 
 
-def _forget_quality(forget_rows: list[dict], reference_rows: list[dict]) -> dict[str, float]:
+def _present(row: dict) -> dict:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _utility(values: dict[str, np.ndarray]) -> dict[str, Figure]:
+    nine = [f"{split}_{name}" for split in UTILITY_SPLITS for name in FIGURES]
+    if not set(nine) <= values.keys():
+        return {}
+    # The rows of a split are drawn together, so that what hangs together in them stays together.
+    draws = np.stack([resampled_means(values[name], name.partition("_")[0]) for name in nine])
+    num_rows = sum(len(values[f"{split}_probability"]) for split in UTILITY_SPLITS)
+    utility = model_utility([values[name].mean() for name in nine])
+    return {"model_utility": interval_figure(utility, num_rows, [model_utility(draw) for draw in draws.T])}
+
+
+def _forget_quality(forget_rows: list[dict], reference_rows: list[dict]) -> dict[str, Figure]:
     gold_rows = match_reference(forget_rows, reference_rows)
     ratios = []
     for rows in (forget_rows, gold_rows):
-        paraphrased, perturbed = _column(rows, "paraphrased_nll"), _column(rows, "perturbed_nll")
+        paraphrased, perturbed = column(rows, "paraphrased_nll"), column(rows, "perturbed_nll")
         if not paraphrased or not perturbed:
             return {}
         ratios.append(truth_ratios(paraphrased, perturbed))
     p_value, statistic = forget_quality(*ratios)
-    return {"forget_quality": p_value, "ks_statistic": statistic}
+    num_rows = len(forget_rows)
+    bounds = distance_bounds(statistic, num_rows, len(gold_rows))
+    # The p-value falls as the distance grows, so that bounds of one are bounds of the other.
+    low, high = (p_value_of(bound, num_rows, len(gold_rows)) for bound in reversed(bounds))
+    return {
+        "forget_quality": Figure(p_value, num_rows, low, high),
+        "ks_statistic": Figure(statistic, num_rows, *bounds),
+    }
 
 
-def _column(rows: list[dict], key: str) -> list | None:
-    """A key's values, or `None` if no row has it."""
-    values = [row.get(key) for row in rows]
-    missing = [row for row, value in zip(rows, values) if value is None]
-    if len(missing) == len(rows):
-        return None
-    if missing:
-        raise ValueError(f"Row {missing[0]['index']} of `{missing[0]['split']}` lacks `{key}`, which other rows have.")
-    return values
+def _load(arguments: TofuArguments, tokenizer: "PreTrainedTokenizerBase") -> list[dict]:
+    from datasets import load_dataset
+
+    splits = load_splits(
+        arguments.dataset,
+        arguments.forget_split,
+        held_out_rows=arguments.held_out_rows,
+        revision=arguments.revision,
+    )
+    if arguments.non_members:
+        splits[NON_MEMBERS] = load_dataset(arguments.dataset, arguments.non_members, revision=arguments.revision)[
+            "train"
+        ]
+    return unscored_rows(splits)
 
 
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)
+def _judge(rows: list[dict], arguments: TofuArguments) -> None:
+    if arguments.embedding_model:
+        judge_embeddings(rows, arguments.embedding_model)
+
+
+SUITE = Suite("tofu", TofuArguments, _load, parts, summarise, _judge, match_reference)

@@ -25,3 +25,18 @@ def forget_quality(truth_ratios: Sequence[float], gold_truth_ratios: Sequence[fl
     """
     test = stats.ks_2samp(np.asarray(truth_ratios, dtype=np.float64), np.asarray(gold_truth_ratios, dtype=np.float64))
     return float(test.pvalue), float(test.statistic)
+
+
+def p_value_of(statistic: float, num_rows: int, num_gold_rows: int) -> float:
+    """
+    The p-value of a statistic by the distribution of many rows, which is a little off the exact one of few.
+
+    Args:
+        statistic (`float`): In [0, 1].
+        num_rows (`int`): Rows of the unlearned model.
+        num_gold_rows (`int`): Rows of the gold model.
+
+    Returns:
+        `float`: In [0, 1].
+    """
+    return float(stats.kstwo.sf(statistic, max(1, round(num_rows * num_gold_rows / (num_rows + num_gold_rows)))))

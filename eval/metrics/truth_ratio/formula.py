@@ -36,21 +36,25 @@ def truth_ratios(paraphrased_nll: Sequence[float], perturbed_nll: Sequence[Seque
         return np.exp(log_truth_ratios(paraphrased_nll, perturbed_nll))
 
 
-def truth_ratio_score(log_ratios: np.ndarray, side: str) -> float:
+def truth_ratio_scores(log_ratios: np.ndarray, side: str) -> np.ndarray:
     """
-    The mean of truth ratios on a scale where higher is better.
+    Truth ratios on a scale where higher is better.
 
     Args:
         log_ratios (`np.ndarray` of shape `(rows,)`): From [`log_truth_ratios`].
         side (`str`):
-            `"forget"`: `mean(min(R, 1 / R))`, 1 where true and false answers are as probable.
-            `"retain"`: `mean(max(0, 1 - R))`, 1 where the model is sure of the true answer.
+            `"forget"`: `min(R, 1 / R)`, 1 where true and false answers are as probable.
+            `"retain"`: `max(0, 1 - R)`, 1 where the model is sure of the true answer.
 
     Returns:
-        `float`: In [0, 1].
+        `np.ndarray` of shape `(rows,)`: In [0, 1].
     """
     if side not in SIDES:
         raise ValueError(f"`side` must be one of {SIDES}, but it is {side!r}.")
     # Neither overflows: min(R, 1 / R) = exp(-|log R|), and 1 - R is only taken where R is at most 1.
-    scores = np.exp(-np.abs(log_ratios)) if side == "forget" else -np.expm1(np.minimum(log_ratios, 0))
-    return float(scores.mean())
+    return np.exp(-np.abs(log_ratios)) if side == "forget" else -np.expm1(np.minimum(log_ratios, 0))
+
+
+def truth_ratio_score(log_ratios: np.ndarray, side: str) -> float:
+    """The mean of [`truth_ratio_scores`]."""
+    return float(truth_ratio_scores(log_ratios, side).mean())

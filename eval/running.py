@@ -1,0 +1,180 @@
+"""Runs a suite on a model: loads both, goes on where an earlier run was stopped, writes rows and figures."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers.utils import logging
+
+from soul_trainer.engines import Engine, make_engine
+
+from .evaluation import ask
+from .journal import Journal
+from .models import load_model, load_tokenizer, weights_digest
+from .rows import make_header, read_rows, write_rows, write_whole
+from .scoring import check_batch_size
+from .statistics import Figure
+from .suites.base import Suite
+
+
+logger = logging.get_logger(__name__)
+
+# What a row is made of; rows of other values are other rows.
+IDENTITY = ("format", "suite", "weights", "questions", "settings")
+
+
+@dataclass
+class EvalArguments:
+    """The model that is evaluated, and how."""
+
+    model: str = field(metadata={"help": "Folder or hub id of a causal language model or an adapter."})
+    output: str = field(metadata={"help": "Folder for rows.jsonl and summary.json."})
+    reference: str | None = field(default=None, metadata={"help": "rows.jsonl of the gold model, to compare with."})
+    batch_size: str = field(default="auto", metadata={"help": "Tokens in a batch, padding included, or auto."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ...; by default a GPU if there is one."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto is that of the weights."})
+    limit: int | None = field(default=None, metadata={"help": "Evaluate the first rows of each split only."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "As in training; by default the tokenizer's chat template, else plain."}
+    )
+    general: str | None = field(
+        default=None, metadata={"help": "lm-eval tasks or sets besides, by commas: soul, wikitext, mmlu, wmdp, ..."}
+    )
+    seed: int = field(default=0, metadata={"help": "Recorded with the rows."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model may run."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace other results in the output folder."})
+
+    def __post_init__(self):
+        check_batch_size(self.batch_size)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, but it is {self.limit}.")
+
+
+def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[dict]] | None:
+    """
+    Evaluates a model on a suite, or finds that it has been.
+
+    Args:
+        suite ([`~suites.base.Suite`]): What to ask.
+        args ([`EvalArguments`]): Whom to ask.
+        own (`Any`): The suite's own settings.
+
+    Returns:
+        `tuple[dict, list[dict]]`: Header and rows, as they are in `rows.jsonl`; `None` on other processes than the
+        first.
+
+    Raises:
+        ValueError: If the folder holds other results and `overwrite` is not set, or the reference is of other rows.
+    """
+    engine = _engine(args)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    rows = [row for row in suite.load(own, tokenizer) if args.limit is None or row["index"] < args.limit]
+    if not rows:
+        raise ValueError(f"The suite {suite.name} has no rows with these settings.")
+    if args.reference and suite.check_reference:
+        # Before the model runs: a reference of other rows would only be found out afterwards.
+        suite.check_reference(rows, read_rows(args.reference)[1])
+    device = engine.accelerator.device if engine else args.device
+    model = load_model(args.model, device, args.dtype, args.seed, args.trust_remote_code)
+    header = _header(suite, args, own, model, rows)
+    path = Path(args.output) / "rows.jsonl"
+    is_main = engine is None or engine.process_index == 0
+    finished = _finished(path, header, args.overwrite, is_main)
+    if engine:
+        engine.gather([])  # what the first process has moved away must be gone for all
+    if finished:
+        return finished if is_main else None
+    identity = json.loads(json.dumps({key: header[key] for key in IDENTITY}))
+    journal = Journal(path, identity, *((engine.process_index, engine.gather) if engine else ()))
+    if journal.is_stale and is_main:
+        logger.warning(f"{path.parent} held unfinished rows of other weights or settings: it starts anew.")
+    if journal.done and is_main:
+        logger.warning(f"{path.parent}: going on after {len(journal.done)} findings of a run that was stopped.")
+
+    def parts_of(row: dict) -> list:
+        return suite.parts(row, own)
+
+    try:
+        rows = ask(model, tokenizer, rows, parts_of, args.batch_size, args.prompt_template, engine, journal)
+    finally:
+        journal.close()
+    general = _general_ability(args, model, tokenizer, engine)
+    if not is_main:
+        return None
+    if suite.judge:
+        suite.judge(rows, own)
+    write_rows(path, rows, {**header, "general": general})
+    journal.remove()
+    return read_rows(path)
+
+
+def write_summary(folder: Path, figures: dict[str, Figure]) -> None:
+    """Writes `summary.json`: each figure's value, number of rows and interval."""
+    entries = {name: figure.to_json() for name, figure in figures.items()}
+    write_whole(folder / "summary.json", json.dumps(entries, indent=2, allow_nan=False) + "\n")
+
+
+def questions_digest(rows: list[dict]) -> str:
+    """A hash of rows that no model has seen."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _engine(args: EvalArguments) -> Engine | None:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if args.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {args.device}: several processes choose their own devices; use cpu or cuda.")
+    return make_engine(Accelerator(cpu=args.device == "cpu"))
+
+
+def _header(suite: Suite, args: EvalArguments, own: Any, model, rows: list[dict]) -> dict:
+    settings = {"prompt_template": args.prompt_template, "limit": args.limit, "general": args.general, **asdict(own)}
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    hashes = {"weights": weights_digest(model), "questions": questions_digest(rows)}
+    header = make_header(args.model, settings, args.seed, suite.name, **hashes)
+    return {**header, "device": str(model.device), "batch_size": args.batch_size}
+
+
+def _finished(path: Path, header: dict, overwrite: bool, is_main: bool) -> tuple[dict, list[dict]] | None:
+    """Finished rows of the same model and settings; others are moved out of the way, or refused."""
+    if not path.exists():
+        return None
+    found, rows = read_rows(path)
+    now = json.loads(json.dumps(header))
+    differing = [key for key in IDENTITY if found.get(key) != now[key]]
+    if not differing and not overwrite:
+        if is_main:
+            logger.warning(f"{path} holds all rows of these weights already.")
+        return found, rows
+    if differing == ["weights"] and not overwrite:
+        kept = path.with_name(f"rows.{str(found['weights'])[:12]}.jsonl")
+        if is_main:
+            os.replace(path, kept)
+            logger.warning(
+                f"The weights of {header['model']} have changed since {path} was written: it starts anew. The rows of "
+                f"the former weights are in {kept.name} now."
+            )
+        return None
+    if not overwrite:
+        raise ValueError(
+            f"--output {path.parent} holds results of another {' and '.join(differing)}: add --overwrite, or choose "
+            "another folder."
+        )
+    if is_main:
+        path.unlink()
+    return None
+
+
+def _general_ability(args: EvalArguments, model, tokenizer, engine: Engine | None) -> dict[str, dict]:
+    if not args.general:
+        return {}
+    from .general import general_ability
+
+    figures = general_ability(model, tokenizer, args.general.split(","), limit=args.limit)
+    if engine:
+        engine.gather([])
+    return {name: figure.to_json() for name, figure in figures.items()}
