@@ -58,7 +58,7 @@ def classify(
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"Row {row} of `texts` must be a text, but it is {text!r}.")
-    if not texts:
+    if not len(texts):
         return []
     classifier = pipeline("text-classification", model=model, device=device, top_k=None)
     label = _label(classifier, model, label)

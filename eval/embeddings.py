@@ -81,6 +81,7 @@ def nearest_answers(
         `list[bool]`: From [`embedding_hits`].
 
     Raises:
+        TypeError: If a row's wrong answers are one text instead of several.
         ValueError: If there are not as many of each, or a row has no wrong answer.
     """
     counts = {len(generations), len(answers), len(wrong_answers)}
@@ -89,7 +90,10 @@ def nearest_answers(
             "`generations`, `answers` and `wrong_answers` must be of the same rows, but they have "
             f"{len(generations)}, {len(answers)} and {len(wrong_answers)}."
         )
-    if not generations:
+    for row, wrong in enumerate(wrong_answers):
+        if isinstance(wrong, str):
+            raise TypeError(f"Row {row} of `wrong_answers` must be a list of texts, but it is {wrong!r}.")
+    if not len(generations):
         return []
     rows = [[generation, answer, *wrong] for generation, answer, wrong in zip(generations, answers, wrong_answers)]
     vectors = embed([text for row in rows for text in row], model, batch_size, device, progress)

@@ -98,6 +98,8 @@ def test_nearest_answers_are_soul_s(encoder):
     assert nearest_answers([], [], [], encoder[1]) == []
     with pytest.raises(ValueError, match="2, 1 and 1"):
         nearest_answers(["a", "b"], ["a"], [["c"]], encoder[1])
+    with pytest.raises(TypeError, match=r"Row 1 of `wrong_answers`.*'sea'"):
+        nearest_answers(["a", "b"], ["a", "b"], [["c"], "sea"], encoder[1])
     with pytest.raises(ValueError, match=r"Row 1 of `options`"):
         nearest_answers(["a", "b"], ["a", "b"], [["c"], []], encoder[1], progress=False)
 

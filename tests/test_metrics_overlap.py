@@ -136,7 +136,7 @@ def test_corpus_bleu_sums_counts_over_rows():
 
 
 def test_evaluate_loads_the_modules_without_a_network(tmp_path):
-    """Catches a module that evaluate cannot copy and import by itself, and keys or values other than the cards say."""
+    """Catches a module that evaluate cannot copy and import by itself, and keys or values other than promised."""
     calls = {
         "rouge_overlap": {"predictions": ["the cat sat down", "no"], "references": ["the cat", "yes"]},
         "bleu": {"predictions": ["he lives under the stairs", "no"], "references": ["he lives under the stairs", "a"]},
@@ -150,10 +150,14 @@ def test_evaluate_loads_the_modules_without_a_network(tmp_path):
         },
     }
     code = """
-import evaluate, json, sys
+import doctest, evaluate, json, pathlib, sys
 for name, inputs in json.load(sys.stdin).items():
     metric = evaluate.load(f"eval/metrics/{name}")
     print(json.dumps({name: metric.compute(**inputs), "described": bool(metric.description and metric.citation)}))
+    card = pathlib.Path(f"eval/metrics/{name}/README.md").read_text().replace("```", "")
+    tests = doctest.DocTestParser().get_doctest(card, {}, name, name, 0)
+    outcome = doctest.DocTestRunner().run(tests, out=sys.stderr.write)
+    print(json.dumps({f"card of {name}": [outcome.failed, outcome.attempted > 1]}))
 print(json.dumps({"no stems": evaluate.load("eval/metrics/rouge_overlap").compute(
     predictions=["cats"], references=["cat"], use_stemmer=False)["rouge1_f1"]}))
 print(json.dumps({"strict": evaluate.load("eval/metrics/toxicity").compute(
@@ -170,6 +174,7 @@ print(json.dumps({"strict": evaluate.load("eval/metrics/toxicity").compute(
     )
     assert done.returncode == 0, done.stderr
     results = {key: value for line in done.stdout.splitlines() for key, value in json.loads(line).items()}
+    assert all(results[f"card of {name}"] == [0, True] for name in calls), done.stderr
     full = dict.fromkeys(NAMES, 1.0) | {"rouge1_f1": pytest.approx(2 / 3), "rougeL_f1": pytest.approx(2 / 3)}
     none = dict.fromkeys(NAMES, 0.0)
     means = {"rouge1_recall": 0.5, "rougeL_recall": 0.5}
@@ -179,7 +184,7 @@ print(json.dumps({"strict": evaluate.load("eval/metrics/toxicity").compute(
     assert bleu["scores"] == [1.0, 0.0] and bleu["bleu"] == 0.5 and 0.5 < bleu["corpus_bleu"] < 1
     assert results["exact_memorization"] == {"exact_memorization": 0.875, "scores": [0.75, 1.0]}
     assert results["extraction_strength"] == {"extraction_strength": 0.75, "scores": [0.5, 1.0]}
-    assert results["toxicity"] == {"toxicity": 0.625, "toxicity_rate": 0.5}
+    assert results["toxicity"] == {"toxicity_mean": 0.625, "toxicity_rate": 0.5}
     assert results["fluency"] == {"fluency": 0.75}
     assert results["embedding_accuracy"] == {"embedding_accuracy": 0.5, "hits": [True, False]}
     assert results["described"] and results["no stems"] == 0 and results["strict"] == 0.25
