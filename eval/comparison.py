@@ -7,15 +7,21 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer.engines import Engine
 from soul_trainer.records import run_settings
 
 from . import report
+from .callback import EvalCallback
+from .evaluation import ask
+from .models import weights_digest
 from .rows import make_header, read_rows, write_rows
-from .trajectory import TRAJECTORY_FILE, TrajectoryCallback
+from .running import questions_digest
+from .statistics import Figure
+from .suites import SUITES
 
 
 class Comparison:
@@ -26,12 +32,14 @@ class Comparison:
         folder (`Path`): Where rows and the report go.
         target (`str`): Hub id or folder of the model that must forget.
         gold (`str`, *optional*): That of the model that never learnt it.
-        evaluate (`Callable`): `(model) -> rows`, as those of [`~rows.write_rows`].
-        summarise (`Callable`): `(rows, gold rows or None) -> figures`.
+        suite (`str`): Name of the suite that asks them.
+        rows (`list[dict]`): Its rows, unscored.
+        asked (`dict`): Fields of the suite's arguments.
         settings (`dict`):
             What rows depend on besides the model and its training: data, lengths. Results that are there already are
             used again only if these are the same.
-        config ([`UnlearnConfig`]): Its precision is that of every evaluation; its `overwrite` replaces results.
+        config ([`UnlearnConfig`]):
+            Its precision and its prompt template are those of every evaluation; its `overwrite` replaces results.
     """
 
     def __init__(
@@ -39,17 +47,19 @@ class Comparison:
         folder: Path,
         target: str,
         gold: str | None,
-        evaluate: Callable[[PreTrainedModel], list[dict]],
-        summarise: Callable[[list[dict], list[dict] | None], dict[str, float]],
+        suite: str,
+        rows: list[dict],
+        asked: dict,
         settings: dict,
         config: UnlearnConfig,
     ):
-        self.folder, self.target, self.settings, self.config = folder, target, settings, config
-        self.evaluate, self.summarise = evaluate, summarise
-        rows = {role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name}
-        self.gold_rows = rows.get("gold")
+        self.folder, self.target, self.config = folder, target, config
+        self.suite, self.rows, self.asked = SUITES[suite], rows, asked
+        self.settings = {"suite": suite, "questions": questions_digest(rows), **asked, **settings}
+        found = {role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name}
+        self.gold_rows = found.get("gold")
         self.references = {
-            role: report.Run(role, summarise(rows[role], self.gold_rows), rows[role], role=role) for role in rows
+            role: report.Run(role, self._figures(role_rows), role_rows, role=role) for role, role_rows in found.items()
         }
         self.runs: list[report.Run] = []
 
@@ -98,53 +108,67 @@ class Comparison:
             f"\n{report.table(everyone)}\n\n{self.folder / 'report.html'} explains the figures and shows the curves."
         )
 
+    def _figures(self, rows: list[dict]) -> dict[str, Figure]:
+        return self.suite.summarise(rows, self.gold_rows)
+
     def _reference_rows(self, role: str, model_name: str) -> list[dict]:
         path = self.folder / f"{role}.rows.jsonl"
-        with PartialState().main_process_first():
-            header = read_rows(path)[0] if path.exists() and not self.config.overwrite else {}
-            if (header.get("model"), header.get("settings")) != (model_name, self.settings):
-                model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
-                # As the Trainer runs the unlearned ones, so that rounding is no difference between them.
-                dtype = torch.bfloat16 if self.config.bf16 else torch.float16
-                with torch.autocast(model.device.type, dtype, enabled=self.config.bf16 or self.config.fp16):
-                    rows = self.evaluate(model)
-                write_rows(path, rows, make_header(model_name, self.settings, seed=0))
+        engine = Engine(PartialState())
+        header = read_rows(path)[0] if path.exists() and not self.config.overwrite else {}
+        engine.gather([])  # nobody writes before all have looked
+        if (header.get("model"), header.get("settings")) != (model_name, self.settings):
+            model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
+            tokenizer = AutoTokenizer.from_pretrained(model_name)
+            arguments = self.suite.arguments(**self.asked)
+            # As the Trainer runs the unlearned ones, so that rounding is no difference between them.
+            dtype = torch.bfloat16 if self.config.bf16 else torch.float16
+            with torch.autocast(model.device.type, dtype, enabled=self.config.bf16 or self.config.fp16):
+                rows = ask(
+                    model,
+                    tokenizer,
+                    self.rows,
+                    lambda row: self.suite.parts(row, arguments),
+                    prompt_template=self.config.prompt_template,
+                    engine=engine,
+                    progress=not self.config.disable_tqdm,
+                )
+            if self.suite.judge:
+                self.suite.judge(rows, arguments)
+            if engine.process_index == 0:
+                hashes = {"weights": weights_digest(model), "questions": self.settings["questions"]}
+                write_rows(path, rows, make_header(model_name, self.settings, 0, self.suite.name, **hashes))
+        engine.gather([])
         return read_rows(path)[1]
 
     def _train(self, trainer: UnlearnTrainer, rows_file: Path, identity: dict, num_evaluations: int) -> None:
-        args, rows = trainer.args, []
+        args = trainer.args
         if trainer.is_world_process_zero():
             rows_file.unlink(missing_ok=True)
-
-        def evaluate(model: PreTrainedModel) -> dict[str, float]:
-            rows[:] = self.evaluate(model)
-            return self.summarise(rows, self.gold_rows)
-
         num_batches = args.num_train_epochs * len(trainer.get_train_dataloader())
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
-        curve = TrajectoryCallback(evaluate, max(1, math.ceil(num_steps / num_evaluations)))
+        args.eval_strategy, args.eval_on_start = IntervalStrategy.STEPS, True
+        args.eval_steps = max(1, math.ceil(num_steps / num_evaluations))
+        curve = EvalCallback(trainer, self.suite.name, self.rows, self.gold_rows, **self.asked)
         trainer.add_callback(curve)
         output = trainer.train(resume_from_checkpoint=_checkpoint(args))
         num_seconds = output.metrics["train_runtime"] - curve.seconds
-        curve.record(args, trainer.state, trainer.model)
-        if not rows:  # resumed at the last step, which the curve had
-            evaluate(trainer.model)
+        if curve.step != trainer.state.global_step:
+            trainer.evaluate()
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card(finetuned_from=self.target)
         if trainer.is_world_process_zero():
-            header = make_header(str(rows_file.parent), identity, args.seed)
+            hashes = {"questions": self.settings["questions"]}
+            header = make_header(str(rows_file.parent), identity, args.seed, self.suite.name, **hashes)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
-            write_rows(rows_file, rows, header)
+            write_rows(rows_file, curve.rows, header)
         trainer.accelerator.wait_for_everyone()
 
     def _read(self, folder: Path, name: str) -> report.Run:
         header, rows = read_rows(folder / "rows.jsonl")
-        lines = (folder / TRAJECTORY_FILE).read_text(encoding="utf-8").splitlines()
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         settings = {**header["settings"], "seconds_per_step": header["seconds_per_step"]}
-        figures = self.summarise(rows, self.gold_rows)
-        return report.Run(name, figures, rows, [json.loads(line) for line in lines], history, settings)
+        return report.Run(name, self._figures(rows), rows, log_history=history, settings=settings)
 
 
 def _checkpoint(args: UnlearnConfig) -> str | None:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from transformers.utils import logging
 
-from soul_trainer.engines import Engine, make_engine
+from soul_trainer.engines import Engine
 
 from .evaluation import ask
 from .journal import Journal
@@ -128,7 +128,7 @@ def _engine(args: EvalArguments) -> Engine | None:
         return None
     if args.device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device {args.device}: several processes choose their own devices; use cpu or cuda.")
-    return make_engine(Accelerator(cpu=args.device == "cpu"))
+    return Engine(PartialState(cpu=args.device == "cpu"))
 
 
 def _header(suite: Suite, args: EvalArguments, own: Any, model, rows: list[dict]) -> dict:

@@ -22,7 +22,7 @@ from hub_layout import write_hub_layout
 from presets import PUBLISHED, SMALL_MODEL
 from small_llama import SmallModelArguments
 from small_models import small_models
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from soul_eval.comparison import Comparison
 from soul_eval.suites import tofu
@@ -119,18 +119,17 @@ def main() -> None:
         target, gold = small_models(learnt, folder, small, config.seed, template, config.use_cpu)
     tokenizer = AutoTokenizer.from_pretrained(target)
 
-    def ask(model: PreTrainedModel) -> list[dict]:
-        return tofu.evaluate_model(model, tokenizer, asked, 64, template, args.max_new_tokens)
-
-    settings = {"data": fingerprint(learnt, asked), "max_new_tokens": args.max_new_tokens, "prompt_template": template}
-    comparison = Comparison(folder, target, gold, ask, tofu.summarise, settings, config)
+    settings = {"data": fingerprint(learnt), "prompt_template": template}
+    rows, how = tofu.unscored_rows(asked), {"max_new_tokens": args.max_new_tokens}
+    comparison = Comparison(folder, target, gold, "tofu", rows, how, settings, config)
     for optimizer in [config.optim.value] if given("optim") else OPTIMIZERS:
         config = parse(optimizer)[2]
         config.output_dir = str(folder / optimizer)
 
         def make_trainer(config: UnlearnConfig = config) -> UnlearnTrainer:
             model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
-            return UnlearnTrainer(model, config, learnt["forget"], learnt["retain"], tokenizer)
+            watched = {"forget": learnt["forget"]}
+            return UnlearnTrainer(model, config, learnt["forget"], learnt["retain"], tokenizer, watched)
 
         comparison.unlearn(OPTIMIZERS.get(optimizer, optimizer), config, make_trainer, args.evaluations)
     comparison.write_report("Unlearning fictitious authors")

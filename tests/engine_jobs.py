@@ -12,6 +12,7 @@ from peft import LoraConfig
 from scenes import NAMES, question_rows, scene_model, scene_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+from soul_eval.callback import EvalCallback
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.collator import UnlearnCollator
 from soul_trainer.formats import prepare
@@ -46,6 +47,26 @@ def retain_rows() -> list[dict]:
     return question_rows(NAMES[6:])
 
 
+def asked_rows() -> list[dict]:
+    """
+    Rows as TOFU's: 7 to forget and 2 to retain, so that processes get uneven shares, of prompts with 3 to 5 answers.
+    """
+    rows = []
+    for split, asked in (("forget", forget_rows()[:7]), ("retain", retain_rows()[:2])):
+        wrong = [[each["answer"] for each in asked[: 1 + index % 3]] for index in range(len(asked))]
+        rows += [
+            {
+                "split": split,
+                "index": index,
+                **row,
+                "paraphrased_answer": row["answer"] + " .",
+                "perturbed_answer": others,
+            }
+            for index, (row, others) in enumerate(zip(asked, wrong))
+        ]
+    return rows
+
+
 @dataclass
 class Job:
     """
@@ -63,6 +84,7 @@ class Job:
     peft: Callable[[], object] = lambda: None
     layers: tuple = ("LlamaDecoderLayer",)
     resumes: bool = False
+    is_asked: bool = False
 
     @property
     def settings(self) -> dict:
@@ -90,7 +112,10 @@ class Job:
     def trainer(self, model: PreTrainedModel, args: TrainingArguments) -> Trainer:
         tokenizer = scene_tokenizer()
         if not self.is_plain:
-            return UnlearnTrainer(model, args, forget_rows(), retain_rows(), tokenizer, peft_config=self.peft())
+            trainer = UnlearnTrainer(model, args, forget_rows(), retain_rows(), tokenizer, peft_config=self.peft())
+            if self.is_asked:
+                trainer.add_callback(EvalCallback(trainer, rows=asked_rows(), max_new_tokens=9))
+            return trainer
         # Even batches: at an uneven end, a plain Trainer on several processes trains on some rows twice.
         rows = prepare(retain_rows(), tokenizer).select_columns(["input_ids", "labels"])
         return Trainer(model, args, UnlearnCollator.for_tokenizer(tokenizer), rows)
@@ -124,6 +149,7 @@ JOBS = {
         prepare=freeze_and_tie,
         resumes=True,
     ),
+    "asked": Job({"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True}, is_asked=True),
     "experts": Job(model="experts", layers=("MixtralDecoderLayer",)),
     "resumed": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, resumes=True),
     "resumed_npo": Job({**SAVING, "gradient_accumulation_steps": 2}, micro_batch=2, resumes=True),

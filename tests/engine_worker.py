@@ -14,6 +14,7 @@ from engine_jobs import DEEPSPEED, JOBS, Job
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
+from soul_eval.callback import EvalCallback
 from soul_trainer.engines.fsdp import reshard
 
 
@@ -102,6 +103,10 @@ def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = 
         "hessian": whole(trainer.model, optimizer, engine, "hessian"),
         "exp_avg": whole(trainer.model, optimizer, engine, "exp_avg"),
         "history": [entry for entry in history if "loss" in entry or "curvature/clipped" in entry],
+        "asked": [entry for entry in history if any(key.startswith("eval_tofu_") for key in entry)],
+        "rows": [
+            callback.rows for callback in trainer.callback_handler.callbacks if isinstance(callback, EvalCallback)
+        ],
         "steps": trainer.state.global_step,
     }
     _KEPT.append(trainer)

@@ -71,6 +71,32 @@ def test_an_engine_follows_one_process(outcomes, engine, job):
             assert entry[name] == pytest.approx(wanted[name], rel=rel, abs=limits["loss"]), name
 
 
+@pytest.mark.parametrize("engine", [pytest.param(engine, marks=pytest.mark.xdist_group(engine)) for engine in ENGINES])
+def test_a_suite_in_training_finds_what_one_process_finds(outcomes, engine):
+    """
+    Would catch rows that a process answers twice or not at all, a forward that waits for one that never comes, a model
+    that is evaluated with the weights of the step before, and figures of one process's part alone.
+    """
+    found, expected = outcomes(engine)["asked"], outcomes("single")["asked"]
+    steps = [0, 5, 10, 12]
+    for outcome in (found, expected):
+        assert len(outcome["asked"]) == len(steps)
+        assert len(outcome["rows"][0]) == 9
+    for entry, wanted in zip(found["asked"], expected["asked"], strict=True):
+        assert len(wanted) > 6
+        assert entry == pytest.approx(wanted, abs=SAME_SUMS)
+    for row, wanted in zip(found["rows"][0], expected["rows"][0], strict=True):
+        assert row["generation"] == wanted["generation"]
+        assert row["answer_nll"] == pytest.approx(wanted["answer_nll"], abs=SAME_SUMS)
+
+
+def test_a_suite_in_training_leaves_it_as_it_is(outcomes):
+    """Would catch random numbers that an evaluation draws, modes and caches that it leaves behind."""
+    asked, plain = (outcomes("single")[job]["weights"] for job in ("asked", "npo"))
+    for one, other in zip(asked, plain, strict=True):
+        assert all(one[name].equal(other[name]) for name in other)
+
+
 @pytest.mark.parametrize(
     ("engine", "job"),
     [

@@ -4,19 +4,16 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from datasets import load_dataset
 from test_eval_metrics import random_rows
 from test_eval_scoring import byte_tokenizer, small_llama
-from transformers import Trainer, TrainerState, TrainingArguments
 
 from soul_eval.__main__ import main
 from soul_eval.rows import make_header, read_rows, write_rows
 from soul_eval.scoring import answer_losses, greedy_answers
 from soul_eval.statistics import Figure
 from soul_eval.suites.tofu import TofuArguments, evaluate_model, load_splits, parts, summarise
-from soul_eval.trajectory import TrajectoryCallback
-from soul_trainer.formats import prepare, render
+from soul_trainer.formats import render
 
 
 def question_rows(split, num_rows=6, num_perturbed=5):
@@ -286,61 +283,3 @@ def test_summarise_prints_one_object_and_imports_no_torch(tmp_path):
 def python_path():
     """The environment of a child that imports from where this process does."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def trained_model(tokenizer, output, callbacks, max_steps=6, resume=None):
-    """A model with dropout, so that one random number drawn in between changes the weights."""
-    args = TrainingArguments(
-        output_dir=str(output),
-        max_steps=max_steps,
-        save_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    rows = prepare(question_rows("forget"), tokenizer).select_columns(["input_ids", "labels"])
-
-    def collate(items):
-        tensors = {key: [torch.tensor(item[key]) for item in items] for key in items[0]}
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad(tensors["input_ids"], batch_first=True),
-            "labels": pad(tensors["labels"], batch_first=True, padding_value=-100),
-        }
-
-    model = small_llama(attention_dropout=0.3)
-    trainer = Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=resume)
-    return model
-
-
-def test_trajectory_leaves_training_as_it_is(tokenizer, tmp_path):
-    """Catches random numbers drawn, or dropout left off, by an evaluation in the middle of training."""
-
-    def evaluate(model):
-        assert not any(module.training for module in model.modules())
-        torch.rand(3)
-        examples = [render(row, tokenizer) for row in question_rows("forget", 2)]
-        return {"loss": sum(answer_losses(model, tokenizer, examples, progress=False))}
-
-    plain = trained_model(tokenizer, tmp_path / "plain", [])
-    callback = TrajectoryCallback(evaluate, every_steps=2)
-    watched = trained_model(tokenizer, tmp_path / "watched", [callback])
-    for name, weight in plain.state_dict().items():
-        assert torch.equal(weight, watched.state_dict()[name]), name
-    entries = list(map(json.loads, (tmp_path / "watched" / "trajectory.jsonl").read_text().splitlines()))
-    assert [entry["step"] for entry in entries] == [0, 2, 4, 6]
-    assert entries == callback.trajectory and entries[0]["loss"] > entries[-1]["loss"]
-    assert callback.seconds > 0
-
-    checkpoint = str(tmp_path / "watched" / "checkpoint-3")
-    resumed = TrajectoryCallback(evaluate, every_steps=2)
-    trained_model(tokenizer, tmp_path / "watched", [resumed], resume=checkpoint)
-    assert resumed.trajectory == entries
-
-    for step in (6, 7):  # the last step is evaluated once
-        args = TrainingArguments(output_dir=str(tmp_path / "watched"))
-        resumed.record(args, TrainerState(global_step=step), watched)
-    assert [entry["step"] for entry in resumed.trajectory] == [0, 2, 4, 6, 7]

@@ -41,7 +41,8 @@ def test_the_recipe_runs_from_rows_to_report_and_again(tmp_path):
         assert header["settings"]["optim"] == optimizer
         assert {row["split"] for row in rows} == {"forget", "retain", "held_out", "real_authors", "world_facts"}
         assert "Evaluation of unlearning" in (folder / "README.md").read_text(encoding="utf-8")
-        steps = [json.loads(line)["step"] for line in (folder / "trajectory.jsonl").read_text().splitlines()]
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        steps = [entry["step"] for entry in history if "eval_tofu_forget_quality" in entry]
         assert steps[0] == 0 and len(steps) == 2
     weights = (tmp_path / "soul" / "model.safetensors").stat().st_mtime_ns
     second = run_recipe(tmp_path)

@@ -157,6 +157,11 @@ def run_batches(
             yield batch, result
 
 
+def device_of(model: PreTrainedModel, engine: Engine | None) -> torch.device:
+    """Where inputs go: parameters that an engine has moved out of the way lie elsewhere."""
+    return engine.accelerator.device if engine is not None and engine.shards else model.device
+
+
 def any_process(busy: bool, engine: Engine | None) -> bool:
     """Whether this process is busy or, where the model is sharded, any is."""
     if engine is None or not engine.shards or engine.num_processes == 1:

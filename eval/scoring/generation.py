@@ -18,6 +18,7 @@ from .batches import (
     any_process,
     cache_budget,
     can_continue,
+    device_of,
     longest_input,
     only_last_logits,
     pad,
@@ -109,11 +110,12 @@ def _decode(
     model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, engine: Engine | None
 ) -> list[list[int]]:
     """New tokens of each prompt, without the end of sequence."""
+    device = device_of(model, engine)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     is_done = [False] * len(prompts)
     end_tokens = set(settings.eos_token_id)
-    ids, mask = (tensor.to(model.device) for tensor in pad(prompts, side="left"))
+    ids, mask = (tensor.to(device) for tensor in pad(prompts, side="left"))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = None
     for step in range(settings.max_new_tokens):
@@ -135,7 +137,7 @@ def _decode(
         if step + 1 == settings.max_new_tokens or not any_process(bool(kept), engine):
             break
         if kept and len(alive) - len(kept) > len(alive) // DONE_SHARE:
-            rows = torch.tensor(kept, device=model.device)
+            rows = torch.tensor(kept, device=device)
             cache.batch_select_indices(rows)
             ids, mask, positions = ids[rows], mask[rows], positions[rows]
             alive = [alive[row] for row in kept]
@@ -148,9 +150,10 @@ def _generate(
     model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, engine: Engine | None
 ) -> list[list[int]]:
     """The same by transformers' own loop, for models whose state is not keys and values."""
+    device = device_of(model, engine)
     ids, mask = pad(prompts, side="left", value=settings.pad_token_id)
     in_step = engine is not None and engine.shards
-    tokens = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), synced_gpus=in_step)
+    tokens = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), synced_gpus=in_step)
     return tokens[:, ids.shape[1] :].tolist()
 
 

@@ -19,6 +19,7 @@ from .batches import (
     AUTO,
     Unit,
     can_continue,
+    device_of,
     logits_budget,
     longest_input,
     only_last_logits,
@@ -91,11 +92,11 @@ def score_answers(
     rows = _encoded(tokenizer, examples, max_length or longest_input(model, tokenizer))
     groups = _groups(rows, can_continue(model))
     units = [_unit(index, [rows[place] for place in group]) for index, group in enumerate(groups)]
-    budget = logits_budget(model, batch_size)
+    budget, device = logits_budget(model, batch_size), device_of(model, engine)
 
     def run(batch: list[int]) -> tuple[list[int], list[Tensor]]:
         places = [groups[index] for index in batch]
-        targets, logits = _forward(model, [[rows[place] for place in group] for group in places])
+        targets, logits = _forward(model, [[rows[place] for place in group] for group in places], device)
         found = [token_log_probs(logits, targets)] if not details else token_statistics(logits, targets)
         return [place for group in places for place in group], [targets != IGNORE_INDEX, *found]
 
@@ -172,7 +173,7 @@ def _unit(index: int, rows: list[_Row]) -> Unit:
     return Unit(index, len(rows[0].prompt) - 1, len(rows), longest + 1)
 
 
-def _forward(model: PreTrainedModel, groups: list[list[_Row]]) -> tuple[Tensor, Tensor]:
+def _forward(model: PreTrainedModel, groups: list[list[_Row]], device: torch.device) -> tuple[Tensor, Tensor]:
     """
     Targets `(rows, tokens)` and logits `(rows, tokens, vocabulary)`; prompts shared within every group or in none.
     """
@@ -183,29 +184,29 @@ def _forward(model: PreTrainedModel, groups: list[list[_Row]]) -> tuple[Tensor, 
         ids, mask = pad([group[0].prompt[:-1] for group in groups], side="left")
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         outputs = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            position_ids=positions.to(model.device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
             use_cache=True,
             **only_last_logits(model),
         )
         owners = torch.tensor([index for index, group in enumerate(groups) for _ in group])
-        outputs.past_key_values.batch_select_indices(owners.to(model.device))
+        outputs.past_key_values.batch_select_indices(owners.to(device))
         shared = {"past_key_values": outputs.past_key_values}
         rows = [_Row(row.prompt[-1:], row.answer) for row in rows]
     input_ids, attention_mask = pad([row.prompt + row.answer for row in rows], side="right")
     labels, _ = pad([[IGNORE_INDEX] * len(row.prompt) + row.answer for row in rows], "right", IGNORE_INDEX)
     if is_shared:
         starts = mask.sum(1)[owners, None]
-        shared["position_ids"] = (starts + torch.arange(input_ids.shape[1])).to(model.device)
+        shared["position_ids"] = (starts + torch.arange(input_ids.shape[1])).to(device)
         attention_mask = torch.cat([mask[owners], attention_mask], dim=1)
     logits = model(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
         use_cache=is_shared,
         **shared,
     ).logits
-    return shift_labels(labels).to(model.device), logits
+    return shift_labels(labels).to(device), logits
 
 
 def _read(places: list[int], tensors: list[Tensor]) -> Iterator[tuple[int, AnswerScore]]:

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from ..sophia import Sophia
@@ -32,7 +32,8 @@ class Engine:
     One process, or DistributedDataParallel; [`make_engine`] chooses, and the other engines override what they must.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`], *optional*): The Trainer's. Without, there is one plain process.
+        accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`], *optional*):
+            The Trainer's. Without, there is one plain process. A bare state is enough for all that does not train.
 
     Attributes:
         shards (`bool`):
@@ -42,7 +43,7 @@ class Engine:
 
     shards = False
 
-    def __init__(self, accelerator: Accelerator | None = None):
+    def __init__(self, accelerator: Accelerator | PartialState | None = None):
         self.accelerator = accelerator
         self.num_processes = accelerator.num_processes if accelerator else 1
         self.process_index = accelerator.process_index if accelerator else 0
@@ -51,7 +52,7 @@ class Engine:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over all processes, on each of them."""
-        return self.accelerator.reduce(tensor, "sum") if self.num_processes > 1 else tensor
+        return reduce(tensor, "sum") if self.num_processes > 1 else tensor
 
     def gather(self, rows: list) -> list:
         """The elements of every process's list, on each of them; costs one small sum where all are empty."""

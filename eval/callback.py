@@ -1,0 +1,135 @@
+"""A suite in the course of training, through the Trainer's own evaluation."""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from soul_trainer.engines import make_engine
+
+from .evaluation import ask
+from .statistics import Figure, values
+from .suites import SUITES
+
+
+logger = logging.get_logger(__name__)
+
+
+class EvalCallback(TrainerCallback):
+    """
+    Asks the model a suite whenever the Trainer evaluates: `eval_strategy="steps"`, `eval_steps`, `eval_on_start`. The
+    figures go where all of the Trainer's go, as `eval_<name>_<figure>`, so that trackers and the report draw their
+    curves and `metric_for_best_model` can choose by them. Processes share the rows; a sharded model stays sharded, and
+    the random state is what it would have been without.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Any, such as [`~soul_trainer.UnlearnTrainer`].
+        suite (`str`, *optional*, defaults to `"tofu"`): Name of a suite.
+        rows (`list[dict]`, *optional*): Rows to ask; by default the suite's, as `settings` name them.
+        reference_rows (`list[dict]`, *optional*): Of the gold model.
+        limit (`int`, *optional*): Asks the first rows of each split only.
+        name (`str`, *optional*): Of this subset in the log; by default the suite's.
+        batch_size (`int` or `str`, *optional*, defaults to `"auto"`): Tokens in a batch, padding included.
+        **settings: Fields of the suite's arguments: `dataset`, `forget_split`, `generate`, ...
+
+    Attributes:
+        rows (`list[dict]`): What the model said when it was last asked; before, what it will be asked.
+        step (`int`, *optional*): When that was.
+        first_step (`int`): Where training began or, after a resume, went on.
+        seconds (`float`): How long evaluation took, the Trainer's own included.
+
+    Raises:
+        ValueError: If the suite, or one of its settings, is unknown; the known ones are listed.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        suite: str = "tofu",
+        rows: list[dict] | None = None,
+        reference_rows: list[dict] | None = None,
+        limit: int | None = None,
+        name: str | None = None,
+        batch_size: int | str = "auto",
+        **settings: object,
+    ):
+        if suite not in SUITES:
+            raise ValueError(f"`suite` must be one of {', '.join(SUITES)}, but it is {suite!r}.")
+        self.suite = SUITES[suite]
+        known = [field.name for field in fields(self.suite.arguments)]
+        if unknown := settings.keys() - set(known):
+            raise ValueError(f"The suite {suite} has no setting {sorted(unknown)}; it has {', '.join(known)}.")
+        self.arguments = self.suite.arguments(**settings)
+        self.trainer, self.reference_rows, self.batch_size = trainer, reference_rows, batch_size
+        self.name = name or suite
+        loaded = self.suite.load(self.arguments, trainer.processing_class) if rows is None else rows
+        self.rows = self._asked = [row for row in loaded if limit is None or row["index"] < limit]
+        if reference_rows is not None and self.suite.check_reference:
+            self.suite.check_reference(self._asked, reference_rows)
+        self.step: int | None = None
+        self.first_step = 0
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Notes where training begins or goes on."""
+        self.first_step = state.global_step
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs
+    ) -> None:
+        """Asks the model, once a step however many datasets the Trainer evaluates then."""
+        self.seconds += sum(value for key, value in metrics.items() if key.endswith("_runtime"))
+        if self.step == state.global_step:
+            return
+        logged = {f"eval_{self.name}_{key}": value for key, value in values(self.ask(kwargs["model"])).items()}
+        metrics.update(logged)
+        self.trainer.log(logged)
+
+    def ask(self, model: PreTrainedModel) -> dict[str, Figure]:
+        """
+        Asks the model as it is.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): The Trainer's.
+
+        Returns:
+            `dict[str, Figure]`: The suite's figures, on every process.
+        """
+        start = time.perf_counter()
+        engine = make_engine(self.trainer.accelerator, model)
+        template = getattr(self.trainer.args, "prompt_template", None)
+        with _same_random_state(), engine.autocast():
+            self.rows = ask(
+                model,
+                self.trainer.processing_class,
+                self._asked,
+                lambda row: self.suite.parts(row, self.arguments),
+                self.batch_size,
+                template,
+                engine,
+                progress=not self.trainer.args.disable_tqdm,
+            )
+        engine.forget_gathered(model)
+        if self.suite.judge:
+            self.suite.judge(self.rows, self.arguments)
+        figures = self.suite.summarise(self.rows, self.reference_rows)
+        self.step = self.trainer.state.global_step
+        self.seconds += time.perf_counter() - start
+        return figures
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
