@@ -52,9 +52,8 @@ def embed(
     except ImportError as error:
         raise ImportError("Embeddings need sentence_transformers: pip install soul-trainer[embedding]") from error
     encoder = SentenceTransformer(model, device=None if device is None else str(device))
-    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    if not places:
-        return np.zeros((0, encoder.get_embedding_dimension()), dtype=np.float32)
+    # Without texts, one is embedded for the number of dimensions alone.
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts if len(texts) else [""]))}
     embeddings = encoder.encode(list(places), batch_size=batch_size, show_progress_bar=progress)
     return np.asarray(embeddings, dtype=np.float32)[[places[text] for text in texts]]
 
