@@ -1,19 +1,19 @@
-"""The pictures of a report. Colours are Okabe's and Ito's, which all eyes can tell apart; a run keeps its own."""
+"""The pictures of a report. A run has the same colour in all of them."""
 
 import io
 from dataclasses import dataclass
 
 import numpy as np
 
+from .columns import ARROWS
 from .extras import require
 from .metrics.truth_ratio.formula import log_truth_ratios
-from .runs import Run
+from .registry import column_of
+from .runs import Run, run_colours
 
 
 mpl_figure = require("matplotlib.figure")
 
-ROLE_COLOURS = {"target": "#767676", "gold": "#E69F00"}
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 PART_COLOURS = {
     "embeddings": "#D55E00",
     "head": "#E69F00",
@@ -24,6 +24,22 @@ PART_COLOURS = {
 ROLE_MARKERS = {"target": "s", "gold": "*", "unlearned": "o"}
 # Smaller p-values are all the same to a reader, and would squeeze the rest of the axis.
 SMALLEST_P = 1e-30
+TRADE_OFFS = (
+    ("model_utility", "forget_quality", "Forget quality against model utility"),
+    ("forget_probability", "held_out_probability", "What forgetting costs held-out authors"),
+    ("knowmem_forget_rougeL", "knowmem_retain_rougeL", "Knowledge to forget and to keep"),
+    ("wmdp_bio_accuracy", "mmlu_accuracy", "Hazardous and general knowledge"),
+    ("toxicity_mean", "fluency", "Toxicity and fluency"),
+)
+_PATHS = (
+    "Each line is a run in the course of training, from the target (square) to its end (large dot); bars are 95% "
+    "intervals."
+)
+_CAPTIONS = {
+    "forget_quality": "The gold model (star) never saw the rows to forget. Above the dashed line, p = 0.05, no run "
+    f"can be told from it; below {SMALLEST_P:g} all are drawn alike.",
+    "held_out_probability": "A run that forgets and costs nothing moves straight left, to the gold model (star).",
+}
 _CLIPPED, _SHARE = "curvature/clipped", "curvature/update_share/"
 
 
@@ -38,13 +54,6 @@ class Drawing:
     is_wide: bool = False
 
 
-def run_colours(runs: list[Run]) -> dict[str, str]:
-    """A colour for each run's name."""
-    unlearned = [run.name for run in runs if run.role == "unlearned"]
-    colours = {name: RUN_COLOURS[place % len(RUN_COLOURS)] for place, name in enumerate(unlearned)}
-    return {run.name: ROLE_COLOURS.get(run.role) or colours[run.name] for run in runs}
-
-
 def draw_all(runs: list[Run]) -> list[Drawing]:
     """
     Draws whatever the runs have the data for.
@@ -56,8 +65,7 @@ def draw_all(runs: list[Run]) -> list[Drawing]:
         `list[Drawing]`: Trade-offs, truth ratios, losses, curvature.
     """
     drawings = (
-        _trade_off(runs, "model_utility", "forget_quality", "Forget quality against model utility"),
-        _trade_off(runs, "forget_probability", "held_out_probability", "What forgetting costs held-out authors"),
+        *(_trade_off(runs, x, y, title) for x, y, title in TRADE_OFFS),
         _truth_ratios(runs),
         _losses(runs),
         _curvature(runs),
@@ -65,33 +73,23 @@ def draw_all(runs: list[Run]) -> list[Drawing]:
     return [drawing for drawing in drawings if drawing]
 
 
-_AXES = {
-    "model_utility": "model utility (better →)",
-    "forget_quality": "forget quality, p-value (better ↑)",
-    "forget_probability": "forget probability (← better)",
-    "held_out_probability": "held-out probability (better ↑)",
-}
-_CAPTIONS = {
-    "forget_quality": "Each line is a run in the course of training, from the target (square) to its end (large dot). "
-    "The gold model (star) never saw the rows to forget. Above the dashed line, p = 0.05, no run can be told from it; "
-    f"below {SMALLEST_P:g} all are drawn alike.",
-    "held_out_probability": "Each line is a run in the course of training, from the target (square) to its end (large "
-    "dot). A run that forgets and costs nothing moves straight left, to the gold model (star).",
-}
-
-
 def _trade_off(runs: list[Run], x: str, y: str, title: str) -> Drawing | None:
-    if not any(_points([run.summary], x, y)[0] for run in runs if run.role == "unlearned"):
+    if not any(_ends(run, x, y) for run in runs if run.role == "unlearned"):
         return None
     figure = mpl_figure.Figure(figsize=(7.2, 4.8), layout="constrained")
-    axes = _axes(figure.subplots(), title, _AXES[x], _AXES[y])
+    axes = _axes(figure.subplots(), title, _axis_label(x, "←→"), _axis_label(y, "↓↑"))
     colours = run_colours(runs)
     for run in runs:
-        path = _points(run.trajectory or [], x, y)
+        path = _points(run.curve(), x, y)
         axes.plot(*path, color=colours[run.name], linewidth=1.6, marker="o", markersize=3, alpha=0.75)
+        end = _ends(run, x, y)
+        if not end:
+            continue
+        values, (x_errors, y_errors) = end
+        axes.errorbar(*values, y_errors, x_errors, fmt="none", ecolor=colours[run.name], elinewidth=1.4, alpha=0.6)
         size = {"gold": 240, "target": 80, "unlearned": 90}[run.role]
         axes.scatter(
-            *_points([run.summary], x, y),
+            *values,
             color=colours[run.name],
             marker=ROLE_MARKERS[run.role],
             s=size,
@@ -106,7 +104,34 @@ def _trade_off(runs: list[Run], x: str, y: str, title: str) -> Drawing | None:
         axes.set_ylim(top=4)
         axes.axhline(0.05, color="#767676", linewidth=1, linestyle="--", zorder=0)
     axes.legend(frameon=False)
-    return Drawing(f"{y}_against_{x}.png", title, _CAPTIONS[y], _png(figure))
+    caption = f"{_PATHS} {_CAPTIONS.get(y, '')}".strip()
+    return Drawing(f"{y}_against_{x}.png", title, caption, _png(figure))
+
+
+def _axis_label(key: str, arrows: str) -> str:
+    """The figure's name and where better is, with the axis's own arrows for lower and higher."""
+    column = column_of(key)
+    name = "forget quality, p-value" if column.is_p_value else column.name
+    if column.better not in ARROWS:
+        return name
+    arrow = arrows[column.better == "higher"]
+    return f"{name} ({arrow} better)" if arrow == "←" else f"{name} (better {arrow})"
+
+
+def _ends(run: Run, x: str, y: str) -> tuple[list[float], list] | None:
+    """The last point of a run and, for each axis, how far its interval reaches below and above."""
+    figures = [run.figure(key) for key in (x, y)]
+    if None in figures:
+        return None
+    values, errors = [], []
+    for key, figure in zip((x, y), figures):
+        floor = SMALLEST_P if key == "forget_quality" else -np.inf
+        value = max(figure.value, floor)
+        ends = [value if end is None else max(end, floor) for end in (figure.low, figure.high)]
+        values.append(value)
+        # A percentile interval need not hold the figure itself.
+        errors.append([[max(value - ends[0], 0)], [max(ends[1] - value, 0)]])
+    return values, errors
 
 
 def _truth_ratios(runs: list[Run]) -> Drawing | None:

@@ -4,22 +4,29 @@ a report can be made again, wherever its rows are.
 """
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from .columns import Column
+from .registry import column_of
 from .rows import write_whole
-from .runs import ARROWS, COLUMNS, Run, shown_columns
+from .runs import Run, shown_columns
+from .sentences import interval_text, sentence, table_note, value_text, with_interval
 
 
 __all__ = ["Run", "add_to_model_card", "model_card_section", "table", "write_report"]
 
 TABLE_WIDTH = 120
+# Longer names give way to a column.
+NAME_WIDTH = 16
 _BEGIN, _END = "<!-- soul-eval: begin -->", "<!-- soul-eval: end -->"
 
 
 def table(runs: list[Run]) -> str:
     """
-    The runs, one a line, as plain text of at most `TABLE_WIDTH` columns.
+    The figures of main interest, a run a line, as plain text of at most `TABLE_WIDTH` columns: with intervals where
+    they fit in, and otherwise with half their width below. More columns than fit go into a block of their own.
 
     Args:
         runs (`list[Run]`): In the order of the lines.
@@ -27,20 +34,57 @@ def table(runs: list[Run]) -> str:
     Returns:
         `str`: Without a final line break. `↑` means that higher is better, `↓` lower.
     """
-    columns = shown_columns(runs)
-    heads = [(column.label[0], f"{column.label[1]} {ARROWS[column.better]}") for column in columns]
-    lines = [["", *(head[0] for head in heads)], ["", *(head[1] for head in heads)]]
-    lines += [[run.name, *(column.text(run.value(column.key)) for column in columns)] for run in runs]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    widths[0] = max(1, min(widths[0], TABLE_WIDTH - sum(width + 1 for width in widths[1:])))
-    for line in lines:
-        if len(line[0]) > widths[0]:
-            line[0] = line[0][: widths[0] - 1] + "…"
-    lines.insert(2, ["-" * width for width in widths])
-    aligned = (
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))] for line in lines
-    )
-    return "\n".join(" ".join(line).rstrip() for line in aligned)
+    columns = shown_columns(runs, main_only=True)
+    name_width = min(NAME_WIDTH, max([1, *(len(run.name) for run in runs)]))
+    cells = [_text_cells(column, runs, is_inline=True) for column in columns]
+    is_inline = name_width + sum(_width(each) for each in cells) <= TABLE_WIDTH
+    if not is_inline:
+        cells = [_text_cells(column, runs, is_inline=False) for column in columns]
+    blocks, room = [], 0
+    for each in cells:
+        room -= _width(each)
+        if room < 0 or not blocks:
+            blocks.append([])
+            room = TABLE_WIDTH - name_width - _width(each)
+        blocks[-1].append(each)
+    note = table_note(runs, *([] if is_inline else ["± is half of a 95% interval"]))
+    num_more = len(shown_columns(runs)) - len(columns)
+    note += f" {num_more} more figures are in the summary and the report." if num_more else ""
+    return "\n\n".join([*(_text_block(block, runs) for block in blocks), textwrap.fill(note, TABLE_WIDTH)])
+
+
+def _text_cells(column: Column, runs: list[Run], is_inline: bool) -> list[str]:
+    """Two lines of head, then for each run the figure and what goes below it, all of one width."""
+    figures = [run.figure(column.key) for run in runs]
+    values = [value_text(column, figure) for figure in figures]
+    intervals = [interval_text(column, figure) for figure in figures]
+    below = [""] * len(runs)
+    if is_inline and any(intervals):
+        width = max(map(len, intervals))
+        values = [f"{value} {interval.ljust(width)}" for value, interval in zip(values, intervals)]
+    elif not is_inline:
+        # Half of a p-value's interval says nothing: it goes over orders of magnitude.
+        is_shown = [bool(interval) and not column.is_p_value for interval in intervals]
+        below = [f"±{column.text((f.high - f.low) / 2)}" if shown else "" for f, shown in zip(figures, is_shown)]
+    first, second = column.label
+    lines = [first, " ".join(filter(None, (second, column.arrow)))]
+    lines += [line for pair in zip(values, below) for line in pair]
+    width = max(map(len, lines))
+    return [line.rjust(width) for line in lines]
+
+
+def _width(cells: list[str]) -> int:
+    return len(cells[0]) + 1
+
+
+def _text_block(cells: list[list[str]], runs: list[Run]) -> str:
+    room = max(1, TABLE_WIDTH - sum(_width(each) for each in cells))
+    names = [run.name if len(run.name) <= room else f"{run.name[: room - 1]}…" for run in runs]
+    name_cells = ["", "", *(line for name in names for line in (name, ""))]
+    width = max(map(len, name_cells))
+    lines = [" ".join(line) for line in zip((name.ljust(width) for name in name_cells), *cells)]
+    lines.insert(2, " ".join("-" * (_width(each) - 1) for each in [["-" * width], *cells]))
+    return "\n".join(line.rstrip() for place, line in enumerate(lines) if place < 3 or line.strip())
 
 
 def write_report(output_dir: str | os.PathLike, title: str, runs: list[Run], notes: str | Sequence[str] = ()) -> Path:
@@ -69,26 +113,28 @@ def write_report(output_dir: str | os.PathLike, title: str, runs: list[Run], not
     output = Path(output_dir)
     notes = [notes] if isinstance(notes, str) else list(notes)
     drawings = draw_all(runs)
+    said = {column.key: sentence(column, runs) for column in shown_columns(runs)}
     for drawing in drawings:
         write_whole(output / drawing.file, drawing.png)
     images = [f"![{_cell(drawing.title)}]({drawing.file})\n\n{drawing.caption}" for drawing in drawings]
-    parts = [f"# {title}", *notes, markdown_table(runs), _readings(runs), *images]
+    parts = [f"# {title}", *notes, markdown_table(runs), table_note(runs), _sentences(said), *images, _readings(runs)]
     write_whole(output / "report.md", "\n\n".join(parts) + "\n")
-    write_whole(output / "report.html", html_page(title, notes, runs, drawings, best_values(runs)))
+    write_whole(output / "report.html", html_page(title, notes, runs, drawings, best_values(runs), said))
     return output / "report.html"
 
 
 def markdown_table(runs: list[Run]) -> str:
-    """The runs, one a row; the best value of the unlearned models is bold."""
-    columns = shown_columns(runs)
+    """The figures, one a row, with their intervals; the best value of the unlearned models is bold."""
     best = best_values(runs)
-    lines = [["", *(column.title for column in columns)], ["---", *("---:" for _ in columns)]]
-    for run in runs:
+    lines = [["", *(_cell(run.name) for run in runs)], ["---", *("---:" for _ in runs)]]
+    for column in shown_columns(runs):
         cells = []
-        for column in columns:
-            text = column.text(run.value(column.key))
-            cells.append(f"**{text}**" if run.name in best[column.key] else text)
-        lines.append([_cell(run.name), *cells])
+        for run in runs:
+            figure = run.figure(column.key)
+            text = value_text(column, figure)
+            text = f"**{text}**" if run.name in best[column.key] else text
+            cells.append(" ".join(filter(None, (text, interval_text(column, figure)))))
+        lines.append([_cell(column.title), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -97,19 +143,17 @@ def best_values(runs: list[Run]) -> dict[str, set[str]]:
     For each column the names of the unlearned models with the best value; none where fewer than two compete, or where
     the gold model's value is the goal and there is no gold model.
     """
-    best = {}
     gold = next((run for run in runs if run.role == "gold"), None)
-    for column in COLUMNS:
+    best = {}
+    for column in shown_columns(runs):
         values = {run.name: run.value(column.key) for run in runs if run.role == "unlearned"}
         values = {name: value for name, value in values.items() if value is not None}
-        if len(values) < 2:
+        goal = gold and gold.value(column.key) if column.is_gold_best else column.goal
+        is_near = isinstance(goal, (int, float))
+        if len(values) < 2 or (column.is_gold_best and not is_near) or (column.better is None and not is_near):
             best[column.key] = set()
             continue
-        goal = gold.value(column.key) if gold and column.is_gold_best else None
-        if column.is_gold_best and goal is None:
-            best[column.key] = set()
-            continue
-        if goal is not None:
+        if is_near:
             winner = min(values.values(), key=lambda value: abs(value - goal))
         else:
             winner = (max if column.better == "higher" else min)(values.values())
@@ -132,15 +176,13 @@ def model_card_section(run: Run, target: Run | None = None, gold: Run | None = N
     models = [("this model", run), ("before unlearning", target), ("gold model", gold)]
     models = [(name, each) for name, each in models if each is not None]
     lines = [["figure", *(name for name, _ in models), "how to read it"], ["---", *("---:" for _ in models), "---"]]
-    for column in shown_columns([run]):
-        values = [column.text(each.value(column.key)) for _, each in models]
-        lines.append([column.title, *values, column.reading])
+    for column in shown_columns([run], main_only=True):
+        values = [with_interval(column, each.figure(column.key)) for _, each in models]
+        lines.append([_cell(column.title), *values, _cell(column.reading)])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     gold_note = " The gold model was trained without the rows to forget." if gold else ""
-    return (
-        "## Evaluation of unlearning\n\n"
-        f"Figures as TOFU (arXiv 2401.06121) defines them; ↑ higher is better, ↓ lower.{gold_note}\n\n{rows}\n"
-    )
+    tofu_note = " Their definitions are TOFU's (arXiv 2401.06121)." if run.figure("model_utility") else ""
+    return f"## Evaluation of unlearning\n\n{table_note([run])}{gold_note}{tofu_note}\n\n{rows}\n"
 
 
 def add_to_model_card(path: str | os.PathLike, section: str) -> None:
@@ -161,10 +203,15 @@ def add_to_model_card(path: str | os.PathLike, section: str) -> None:
     write_whole(path, f"{before}{_BEGIN}\n{section.strip()}\n{_END}\n{after.lstrip()}")
 
 
+def _sentences(said: dict[str, str]) -> str:
+    return "\n".join(f"- **{column_of(key).title}**: {_cell(text)}" for key, text in said.items() if text)
+
+
 def _readings(runs: list[Run]) -> str:
-    return "\n".join(f"- **{column.title}**: {column.reading}" for column in shown_columns(runs))
+    lines = (f"- **{column.title}**: {column.reading}" for column in shown_columns(runs))
+    return "## How to read the figures\n\n" + "\n".join(lines)
 
 
 def _cell(text: str) -> str:
-    """Text that cannot end a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text that cannot end a cell of a Markdown table, nor its line."""
+    return " ".join(text.splitlines()).replace("|", "\\|")

@@ -1,13 +1,17 @@
 """A run, its figures, and how many rows they are made of. Imports no torch."""
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
 
-from .columns import SUITES, Column, column_of, place_of
+from .columns import Column
+from .registry import SUITES, column_of, place_of
 from .statistics import Figure
 
 
 ROLES = ("unlearned", "target", "gold")
+# Okabe's and Ito's colours, which all eyes can tell apart.
+ROLE_COLOURS = {"target": "#767676", "gold": "#E69F00"}
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 # What the settings hold besides settings.
 MEASURED_SETTINGS = ("seconds_per_step",)
 
@@ -62,6 +66,13 @@ class Run:
         return trajectory_of(self.log_history or []) if self.trajectory is None else self.trajectory
 
 
+def run_colours(runs: list[Run]) -> dict[str, str]:
+    """A colour for each run's name, in tables and pictures alike."""
+    unlearned = [run.name for run in runs if run.role == "unlearned"]
+    colours = {name: RUN_COLOURS[place % len(RUN_COLOURS)] for place, name in enumerate(unlearned)}
+    return {run.name: ROLE_COLOURS.get(run.role) or colours[run.name] for run in runs}
+
+
 def trajectory_of(log_history: list[dict], prefix: str = "eval_") -> list[dict]:
     """
     A trajectory from the evaluations that a Trainer logged.
@@ -78,9 +89,12 @@ def trajectory_of(log_history: list[dict], prefix: str = "eval_") -> list[dict]:
     for logged in log_history:
         figures = {}
         for name, value in logged.items():
-            suite, _, key = name.removeprefix(prefix).partition("_")
+            whole = name.removeprefix(prefix)
+            suite, _, key = whole.partition("_")
             if name.startswith(prefix) and suite in SUITES and key and not _is_count(key):
-                figures[key] = value
+                # The figures of a suite may have its name in theirs: `wmdp_bio_accuracy`.
+                is_own = [column_of(each).group.lower() == suite for each in (key, whole)] == [False, True]
+                figures[whole if is_own else key] = value
         if figures:
             entries.setdefault(logged["step"], {"step": logged["step"]}).update(figures)
     return [entries[step] for step in sorted(entries)]
@@ -101,8 +115,8 @@ def shown_columns(runs: list[Run], main_only: bool = False) -> list[Column]:
 
 def row_counts(runs: list[Run]) -> dict[str, tuple[int, int]]:
     """
-    Least and greatest number of rows that the runs have in each split. Where there are no rows at hand, the summary says
-    so, by counts a split or else by the figures of each group.
+    How many rows the figures are made of, least and most over the runs: by split where there are rows or counts of
+    them, else by group of figures.
     """
     counts: dict[str, list[int]] = {}
     for run in runs:
@@ -111,21 +125,15 @@ def row_counts(runs: list[Run]) -> dict[str, tuple[int, int]]:
     return {name: (min(found), max(found)) for name, found in counts.items()}
 
 
-def _counts_of(run: Run) -> Mapping[str, int]:
-    counts: dict[str, int] = {}
-    for row in run.rows:
-        counts[row["split"]] = counts.get(row["split"], 0) + 1
-    counts = counts or {key.removesuffix("_rows"): int(Figure.from_json(value).value) for key, value in _rows_of(run)}
+def _counts_of(run: Run) -> dict[str, int]:
+    counts = dict(Counter(row["split"] for row in run.rows))
+    counts = counts or {key.removesuffix("_rows"): int(run.value(key)) for key in run.summary if _is_count(key)}
     if not counts:
         for key in run.keys():
             if num_rows := run.figure(key).num_rows:
                 group = column_of(key).group
                 counts[group] = max(num_rows, counts.get(group, 0))
     return counts
-
-
-def _rows_of(run: Run):
-    return ((key, run.summary[key]) for key in run.summary if _is_count(key))
 
 
 def _is_count(key: str) -> bool:
