@@ -1,0 +1,170 @@
+"""Runs of a suite: those that were stopped, those of other weights, and those of several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from subprocesses import TWO_PROCESSES, python, succeeded
+from test_eval_scoring import byte_tokenizer, small_llama
+from test_eval_tofu import python_path, question_rows, write_dataset
+
+from soul_eval.__main__ import main
+from soul_eval.journal import Journal
+from soul_eval.models import weights_digest
+from soul_eval.rows import read_rows
+
+
+# Float32 sums in other batches; losses are of the order of 1 to 10.
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "small")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    small_llama(seed=1).save_pretrained(folder)
+    byte_tokenizer([row["answer"] for row in question_rows("forget")]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(dataset, model_dir):
+    asked = ["--dataset", dataset, "--forget_split", "forget_small", "--max_new_tokens", "6", "--device", "cpu"]
+    return ["tofu", "--model", str(model_dir), *asked]
+
+
+@pytest.fixture(scope="module")
+def expected(arguments, tmp_path_factory):
+    """The rows of one process that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([*arguments, "--output", str(folder)]) == 0
+    assert os.listdir(folder) == ["rows.jsonl", "summary.json"] or sorted(os.listdir(folder)) == [
+        "rows.jsonl",
+        "summary.json",
+    ]
+    return read_rows(folder / "rows.jsonl")
+
+
+def assert_same_rows(folder, expected):
+    header, rows = read_rows(folder / "rows.jsonl")
+    for name in ("weights", "questions", "settings"):
+        assert header[name] == expected[0][name]
+    for row, wanted in zip(rows, expected[1], strict=True):
+        assert row["generation"] == wanted["generation"] and (row["split"], row["index"]) == (
+            wanted["split"],
+            wanted["index"],
+        )
+        for name in ("answer_nll", "paraphrased_nll", "perturbed_nll"):
+            assert row[name] == pytest.approx(wanted[name], abs=ROUNDING)
+
+
+def test_a_killed_run_goes_on_where_it_was(arguments, expected, tmp_path, capsys):
+    """Catches finished rows that are asked again, and rows that are lost or doubled by a kill."""
+    command = [sys.executable, "-m", "soul_eval", *arguments, "--output", str(tmp_path), "--batch_size", "64"]
+    running = subprocess.Popen(command, env=python_path() | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "rows.jsonl.part-0"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "rows.jsonl").exists()
+    with journal.open("a") as file:
+        file.write('[["forget", 5, "los')  # as a kill in the middle of a line leaves it
+    found = [tuple(json.loads(line)[0]) for line in journal.read_text().split("\n")[1:-1]]
+    assert 10 < len(found) < 60
+    asked = []
+    before = Journal.add
+    try:
+        Journal.add = lambda self, key, fields: asked.append(key) or before(self, key, fields)
+        assert main([*arguments, "--output", str(tmp_path)]) == 0
+    finally:
+        Journal.add = before
+    assert not set(asked) & set(found) and len(asked) + len(found) == 60
+    assert_same_rows(tmp_path, expected)
+    assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "summary.json"]
+
+
+def test_rows_of_other_weights_are_not_mixed(arguments, model_dir, expected, tmp_path, caplog):
+    """Catches the former model's figures under the new one's name, whether its rows were finished or not."""
+    other = small_llama(seed=2)
+    assert weights_digest(other) != expected[0]["weights"] == weights_digest(small_llama(seed=1))
+    folder, output = tmp_path / "model", tmp_path / "out"
+    for source in model_dir.iterdir():
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (folder / source.name).write_bytes(source.read_bytes())
+    run = [*arguments, "--model", str(folder), "--output", str(output)]
+    assert main(run) == 0
+    former = (output / "rows.jsonl").read_text()
+    other.save_pretrained(folder)
+    assert main(run) == 0
+    header, rows = read_rows(output / "rows.jsonl")
+    assert header["weights"] == weights_digest(other)
+    assert rows[0]["answer_nll"] != pytest.approx(expected[1][0]["answer_nll"], abs=1e-3)
+    kept = output / f"rows.{expected[0]['weights'][:12]}.jsonl"
+    assert kept.read_text() == former
+    # Unfinished rows of other weights are of no use.
+    (output / "rows.jsonl").unlink()
+    stale = {"format": "x", "weights": expected[0]["weights"]}
+    entry = [["forget", 0, "losses"], {"answer_nll": 77.0}]
+    (output / "rows.jsonl.part-0").write_text(f"{json.dumps(stale)}\n{json.dumps(entry)}\n")
+    assert main(run) == 0
+    assert read_rows(output / "rows.jsonl")[1] == rows
+
+
+def test_two_processes_find_what_one_finds(arguments, expected, tmp_path):
+    """Catches rows that a process answers twice or not at all, and two processes that write one file."""
+    output = succeeded(python(*TWO_PROCESSES, "-m", "soul_eval", *arguments, "--output", tmp_path, folder=tmp_path))
+    assert output.count("forget") and output.count("model.rows") == 0
+    assert_same_rows(tmp_path, expected)
+    assert not list(tmp_path.glob("rows.jsonl.part-*"))
+
+
+def test_weights_are_told_apart():
+    """Catches a hash of names or shapes alone, and one that depends on where a tensor lies in memory."""
+    model = small_llama(seed=1)
+    digest = weights_digest(model)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    before = weight[3, 5].item()
+    with torch.no_grad():
+        weight[3, 5] += 1e-3
+    assert weights_digest(model) != digest
+    with torch.no_grad():
+        weight[3, 5] = before
+    weight.data = weight.data.T.contiguous().T
+    assert weights_digest(model) == digest
+    assert weights_digest(model.to(torch.bfloat16)) != digest
+
+
+def test_comparing_two_models(arguments, expected, tmp_path, capsys):
+    """Catches a difference of the wrong sign, and a test that calls equal models different."""
+    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    header, rows = read_rows(tmp_path / "one" / "rows.jsonl")
+    better = [{**row, "answer_nll": row["answer_nll"] - 0.5 - 0.01 * row["index"]} for row in rows]
+    (tmp_path / "better.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [header, *better]))
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "one" / "rows.jsonl"), str(tmp_path / "better.jsonl")]) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert float(lines["forget_answer_nll"][1]) == pytest.approx(-0.525)
+    assert float(lines["forget_answer_nll"][4]) == pytest.approx(2 / 2**6, rel=0.01)  # all six signs alike
+    assert float(lines["forget_rougeL_recall"][1]) == 0 and float(lines["forget_rougeL_recall"][4]) == 1
+    assert main(["compare", str(tmp_path / "one" / "rows.jsonl"), str(tmp_path / "none.jsonl")]) == 1
+
+
+def test_a_report_of_rows(arguments, expected, tmp_path, capsys):
+    """Catches a page that can only be made by a recipe."""
+    for name in ("gold", "own"):
+        assert main([*arguments, "--output", str(tmp_path / name), "--limit", "3"]) == 0
+    files = {name: str(tmp_path / name / "rows.jsonl") for name in ("gold", "own")}
+    page = ["report", f"SOUL={files['own']}", "--gold", files["gold"], "--output", str(tmp_path / "page")]
+    assert main(page) == 0
+    assert "SOUL" in capsys.readouterr().out and (tmp_path / "page" / "report.html").exists()
