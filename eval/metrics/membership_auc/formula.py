@@ -11,12 +11,14 @@ from soul_eval.statistics import CONFIDENCE, NUM_RESAMPLES, Figure, interval_fig
 
 # Resamples that are in memory at a time: 200 of 5,000 rows are 8 MB.
 RESAMPLES_AT_ONCE = 200
+# Of what an interval of a true positive rate may miss, what goes to where the threshold lies: it is the larger doubt.
+THRESHOLD_PART = 0.8
 
 
 def auc_value(member_scores: Sequence[float], non_member_scores: Sequence[float]) -> float:
     """
-    Probability that a random member scores above a random non-member, a tie counting half: the area under the ROC curve,
-    from ranks (the Mann-Whitney statistic), without thresholds.
+    Probability that a random member scores above a random non-member, a tie counting half: the area under the ROC
+    curve, from ranks (the Mann-Whitney statistic).
 
     Args:
         member_scores (`Sequence[float]`): Higher means more likely a member.
@@ -61,9 +63,7 @@ def auc(member_scores: Sequence[float], non_member_scores: Sequence[float], samp
     return interval_figure(value, num_rows, resampled_auc(member_scores, non_member_scores, sample))
 
 
-def resampled_auc(
-    member_scores: Sequence[float], non_member_scores: Sequence[float], sample: str = ""
-) -> np.ndarray:
+def resampled_auc(member_scores: Sequence[float], non_member_scores: Sequence[float], sample: str = "") -> np.ndarray:
     """
     [`auc_value`] of each resample. Arguments are those of [`auc`].
 
@@ -78,7 +78,7 @@ def resampled_auc(
     for start in range(0, NUM_RESAMPLES, RESAMPLES_AT_ONCE):
         size = min(RESAMPLES_AT_ONCE, NUM_RESAMPLES - start)
         member_counts = _row_counts(member_draws, len(members), size)
-        # How often the resample drew the lowest i non-members; a member is above `below` and not under `up_to` of them.
+        # How many of the resample are among the lowest i non-members.
         drawn = np.zeros((size, len(non_members) + 1), dtype=np.int64)
         np.cumsum(_row_counts(non_member_draws, len(non_members), size), axis=1, out=drawn[:, 1:])
         areas.append((member_counts * (drawn[:, below] + drawn[:, up_to])).sum(1))
@@ -107,9 +107,9 @@ def true_positive_rate(
 
     Returns:
         [`~statistics.Figure`]:
-            In [0, 1]. A bootstrap cannot say how far the highest non-members reach, so that the interval is exact
-            instead, whatever the distributions: half of what may be missed goes to where the threshold lies (order
-            statistics, by the binomial distribution), half to the share above it (Clopper and Pearson, 1934).
+            In [0, 1]. A bootstrap cannot say how far the highest non-members reach. The interval is exact instead,
+            whatever the distributions: from where the threshold may lie (order statistics of the non-members) and
+            what share of members may be above it (Clopper and Pearson, 1934).
 
     Raises:
         ValueError: If the rate is out of its range, or as in [`auc_value`].
@@ -118,19 +118,19 @@ def true_positive_rate(
         raise ValueError(f"`false_positive_rate` must be in [0, 1], but it is {false_positive_rate}.")
     members, non_members = _scores(member_scores, non_member_scores)
     binomial = require("scipy.stats").binom(len(non_members), false_positive_rate)
-    missed = (1 - CONFIDENCE) / 4
-    # The k highest non-members are over the threshold with confidence where fewer of n draws rarely are.
-    strict, lenient = binomial.ppf(missed), binomial.ppf(1 - missed) + 1
-    if binomial.cdf(strict) > missed:
-        strict -= 1
+    missed = (1 - CONFIDENCE) / 2
+    # Non-members above the true threshold: hardly ever `few` or fewer, hardly ever more than `many`.
+    few = binomial.ppf(THRESHOLD_PART * missed)
+    few -= binomial.cdf(few) > THRESHOLD_PART * missed
+    many = binomial.ppf(1 - THRESHOLD_PART * missed)
     # 0.07 * 100 is 7.000000000000001 in floating point, and 0.29 * 100 is 28.999999999999996.
     allowed = math.floor(false_positive_rate * len(non_members) + 1e-9)
-    found, fewest, most = (_num_found(members, non_members, int(k)) for k in (allowed + 1, strict + 1, lenient))
+    found, fewest, most = (_num_found(members, non_members, int(above) + 1) for above in (allowed, few, many))
     return Figure(
         found / len(members),
         len(members) + len(non_members),
-        _share_bounds(fewest, len(members), missed)[0],
-        _share_bounds(most, len(members), missed)[1],
+        _share_bounds(fewest, len(members), (1 - THRESHOLD_PART) * missed)[0],
+        _share_bounds(most, len(members), (1 - THRESHOLD_PART) * missed)[1],
     )
 
 
@@ -164,7 +164,7 @@ def _scores(member_scores: Sequence[float], non_member_scores: Sequence[float]) 
     for name, values in scores.items():
         values = scores[name] = np.asarray(values, dtype=np.float64)
         if values.ndim != 1 or not values.size:
-            raise ValueError(f"`{name}` must be one number a row, of at least one row, but its shape is {values.shape}.")
+            raise ValueError(f"`{name}` must be one number a row, at least one, but its shape is {values.shape}.")
         if np.isnan(values).any():
             raise ValueError(f"Row {int(np.isnan(values).argmax())} of `{name}` is NaN: a score must be a number.")
     return scores["member_scores"], np.sort(scores["non_member_scores"])

@@ -1,8 +1,8 @@
 """
 How much a model's losses on a row suggest that it was trained on it.
 
-Every score is higher where a row is more likely to have been trained on: papers and codebases that call a low loss a low
-score have the other sign. A score says nothing by itself; members are told from non-members by comparing rows.
+Every score is higher where a row is more likely to have been trained on; open-unlearning, MUSE and SOUL have the other
+sign. A score says nothing by itself: members are told from non-members by comparing rows.
 """
 
 import zlib
@@ -53,7 +53,7 @@ def min_k_score(token_log_probs: Sequence[Sequence[float]], k: float = DEFAULT_S
     seen is likely to hold a few tokens that surprise.
 
     Args:
-        token_log_probs (`Sequence[Sequence[float]]` of length `rows`): Log-probability of each token of a row, in nats.
+        token_log_probs (`Sequence[Sequence[float]]` of length `rows`): Log-probability of each token, in nats.
         k (`float`, *optional*, defaults to 0.2):
             Share of the tokens, in (0, 1], rounded down and at least one token.
 
@@ -68,8 +68,8 @@ def min_k_score(token_log_probs: Sequence[Sequence[float]], k: float = DEFAULT_S
 
 def min_k_plus_plus_score(token_z_scores: Sequence[Sequence[float]], k: float = DEFAULT_SHARE) -> np.ndarray:
     """
-    Min-K%++ (Zhang et al., 2024, equation 3): as [`min_k_score`], of log-probabilities that are standardised by what the
-    model's whole distribution at that position makes of them.
+    Min-K%++ (Zhang et al., 2024): as [`min_k_score`], of log-probabilities that are standardised by
+    the model's whole distribution at their position.
 
     Args:
         token_z_scores (`Sequence[Sequence[float]]` of length `rows`):
@@ -127,7 +127,7 @@ def lowercase_score(nll: Sequence[float], lowercase_nll: Sequence[float]) -> np.
 
 def gradient_norm_score(gradient_norms: Sequence[float]) -> np.ndarray:
     """
-    Minus the norm of the gradient of a row's loss (Wang et al., 2024, as a grey-box attack on language models): `-norm`.
+    Minus the norm of the gradient of a row's loss (Wang et al., 2024, arXiv 2402.17012): `-norm`.
 
     Args:
         gradient_norms (`Sequence[float]` of length `rows`): From `soul_eval.gradient_norms`.
