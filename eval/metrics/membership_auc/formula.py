@@ -72,15 +72,17 @@ def resampled_auc(member_scores: Sequence[float], non_member_scores: Sequence[fl
     """
     members, non_members = _scores(member_scores, non_member_scores)
     below, up_to = _places(members, non_members)
+    order = np.argsort(non_member_scores, kind="stable")
     member_draws = random_generator(f"{sample}/members")
     non_member_draws = random_generator(f"{sample}/non-members")
     areas = []
     for start in range(0, NUM_RESAMPLES, RESAMPLES_AT_ONCE):
         size = min(RESAMPLES_AT_ONCE, NUM_RESAMPLES - start)
         member_counts = _row_counts(member_draws, len(members), size)
-        # How many of the resample are among the lowest i non-members.
+        # How many of the resample are among the lowest i non-members. Rows are drawn, not ranks, so that models of the
+        # same rows are resampled together.
         drawn = np.zeros((size, len(non_members) + 1), dtype=np.int64)
-        np.cumsum(_row_counts(non_member_draws, len(non_members), size), axis=1, out=drawn[:, 1:])
+        np.cumsum(_row_counts(non_member_draws, len(non_members), size)[:, order], axis=1, out=drawn[:, 1:])
         areas.append((member_counts * (drawn[:, below] + drawn[:, up_to])).sum(1))
     return np.concatenate(areas) / (2 * len(members) * len(non_members))
 
