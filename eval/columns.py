@@ -13,7 +13,8 @@ ABBREVIATIONS = {
     "emb.": "embedding",
     "acc.": "accuracy",
     "norm.": "(normalised)",
-    "tok.": "tokens,",
+    "tok.": "tokens",
+    "exact mem.": "exact memorization",
 }
 GROUPS = (
     "Forgetting",

@@ -10,7 +10,7 @@ NUM_EXAMPLES = 10
 # What an answer is scored by: the first of them that a split's rows have.
 SCORES = {
     "rougeL_recall": "ROUGE-L recall, the share of the true answer that is in the model's",
-    "rougeL": "ROUGE-L",
+    "rougeL_f1": "ROUGE-L F1",
     "toxicity": "the toxicity",
 }
 
@@ -32,7 +32,7 @@ def example_data(runs: list[Run]) -> list[dict]:
             if row.get("generation") is not None:
                 split = by_split.setdefault(row["split"], {})
                 split.setdefault(row["index"], [None] * len(runs))[place] = row
-    names = sorted(by_split, key=lambda name: name != "forget")
+    names = sorted(by_split, key=lambda name: not name.startswith("forget"))
     return [_split_data(name, by_split[name]) for name in names]
 
 
@@ -80,7 +80,7 @@ def _row_data(index: int, row_of_runs: list[dict | None], score: str | None) -> 
     known = [row for row in row_of_runs if row]
     answers = [row and [row["generation"], _rounded(row.get(score))] for row in row_of_runs]
     question, truth = (
-        next((row[key] for row in known for key in keys if row.get(key)), "")
+        next((row[key] for row in known for key in keys if row.get(key) and isinstance(row[key], str)), "")
         for keys in (("question", "prompt"), ("answer",))
     )
     return {"index": index, "question": question, "truth": truth, "answers": answers}

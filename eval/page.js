@@ -3,6 +3,8 @@
 (() => {
   "use strict";
   const PAGE_SIZE = 40;
+  // A prompt of more characters is no heading.
+  const LONG = 300;
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
   const [query, split, order, count, list, more] = ["query", "split", "order", "count", "list", "more"].map(byId);
@@ -68,7 +70,9 @@
   }
 
   function example(row, wanted) {
-    const made = element("article", "example", element("h3", "", ...marked(row.question || `Row ${row.index}`, wanted)));
+    const question = row.question || `Row ${row.index}`;
+    const heading = element("h3", question.length > LONG ? "long" : "", ...marked(question, wanted));
+    const made = element("article", "example", heading);
     if (row.truth) {
       made.append(element("p", "truth", element("span", "label", "true answer"), ...marked(row.truth, wanted)));
     }

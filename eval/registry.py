@@ -1,268 +1,17 @@
 """
-The figures that reports know, one call each. A figure that is not among them is shown all the same, under its own
-name. Imports no torch.
+The column of every figure. One that is not among the known ones is shown all the same, under its own name. Imports no
+torch.
 """
 
 import re
 from dataclasses import replace
 from functools import cache
 
-from .columns import GROUPS, Column, family
+from .columns import GROUPS, Column
+from .known_figures import COLUMNS
 
 
 SUITES = ("tofu", "muse", "wmdp", "copyright", "detox")
-
-_forget = family("Forgetting", goal="gold")
-_keep = family("What is kept", goal="target")
-_muse = family("MUSE", is_main=True)
-_wmdp = family("WMDP", goal=0.25, goal_words="guessing among four", is_main=True)
-_copyright = family("Copyright", goal="gold", is_main=True)
-_detox = family("Detoxification", is_main=True)
-_membership = family("Membership inference", goal=0.5, goal_words="guessing")
-_attacks = family("Attacks", goal=0.0)
-_general, _cost = family("General ability", goal="target"), family("Cost")
-
-_MEMBERSHIP = (
-    "Area under the ROC curve of an attack that tells the rows to forget from rows never seen: 0.5 is guessing; far "
-    "from it, on either side, the model still treats them in a way of their own."
-)
-
-# In the order of the report; what comes first takes a key that fits several.
-COLUMNS = (
-    _forget(
-        *("forget_quality", "forget", "quality", "higher"),
-        "Can the truth ratios on the forget rows be told from the gold model's? p-value of a two-sample "
-        "Kolmogorov-Smirnov test: above 0.05 they cannot; far below, the model still knows or has unlearned too much.",
-        goal=None,
-        is_main=True,
-    ),
-    _forget(
-        *("forget_probability", "forget", "prob.", "lower"),
-        "Mean probability of the answers to forget, length taken out. The goal is the gold model's value; less than "
-        "that is damage and no better forgetting.",
-        "gives the forgotten answers a probability of {}",
-        is_main=True,
-    ),
-    _forget(
-        *("forget_rougeL_recall", "forget", "ROUGE-L", "lower"),
-        "Share of an answer to forget that the model's own answer holds, in order. Some overlap is mere wording: "
-        "the gold model shows how much.",
-        "still says {} of a forgotten answer, word for word",
-        is_main=True,
-    ),
-    _forget(
-        *("forget_truth_ratio", "forget", "truth r.", "higher"),
-        "1 where a true answer to forget is as probable as false ones that are worded like it. The goal is the gold "
-        "model's value.",
-        "has a truth ratio of {}",
-        is_main=True,
-    ),
-    _forget(
-        *("ks_statistic", "KS", "distance", "lower"),
-        "Largest distance between the distributions of the truth ratios, the model's and the gold model's: 0 where "
-        "they are the same, 1 where they do not meet. The forget quality is its p-value.",
-        "has a distance of {}",
-        goal=None,
-    ),
-    _forget(
-        *("forget_rouge*_recall", "forget", "ROUGE-*", "lower"),
-        "Share of an answer to forget that the model's own answer holds.",
-        "still says {} of a forgotten answer",
-    ),
-    _forget(
-        *("forget_*accuracy", "forget", "* acc.", "lower"),
-        "Share of the rows to forget that the model answers rightly.",
-        "still answers {} of the rows rightly",
-    ),
-    _forget(
-        *("exact_memorization", "exact", "memor.", "lower"),
-        "Share of the tokens of a text to forget that the model puts first, given those before.",
-        "still puts {} of the forgotten tokens first",
-        is_main=True,
-    ),
-    _forget(
-        *("extraction_strength", "extraction", "strength", "lower"),
-        "Share of a text to forget that the model completes word for word, given what comes before.",
-        "still completes {} of a forgotten text by itself",
-        is_main=True,
-    ),
-    _keep(
-        *("retain_probability", "retain", "prob.", "higher"),
-        "Mean probability of the answers that unlearning was told to keep. The goal is the target's value.",
-        "gives the answers to keep a probability of {}",
-        is_main=True,
-    ),
-    _keep(
-        *("held_out_probability", "held-out", "prob.", "higher"),
-        "The same for authors that the model had learnt and unlearning never saw: what unlearning costs where nobody "
-        "looks.",
-        "gives the answers that unlearning never saw a probability of {}",
-        is_main=True,
-    ),
-    _keep(
-        *("held_out_rougeL_recall", "held-out", "ROUGE-L", "higher"),
-        "Share of a held-out author's answer that the model's own answer holds, in order.",
-        "says {} of an answer that unlearning never saw, word for word",
-        is_main=True,
-    ),
-    _keep(
-        *("real_authors_probability", "real", "authors", "higher"),
-        "Probability of the true answer among the options of a question on real authors; guessing among four gives "
-        "about 0.25.",
-        "gives the true one of four options a probability of {}",
-        is_main=True,
-    ),
-    _keep(
-        *("world_facts_probability", "world", "facts", "higher"),
-        "The same for facts about the world, further from what was forgotten.",
-        "gives the true one of four options a probability of {}",
-        is_main=True,
-    ),
-    _keep(
-        *("model_utility", "model", "utility", "higher"),
-        "Harmonic mean of probability, ROUGE-L and truth ratio on retain, real authors and world facts: near the "
-        "weakest of the nine. The goal is the target's value.",
-        "has a model utility of {}",
-        is_main=True,
-    ),
-    _keep(
-        *("*_probability", "*", "prob.", "higher"),
-        "Mean probability of the true answers.",
-        "gives the true answers a probability of {}",
-    ),
-    _keep(
-        *("*_rougeL_recall", "*", "ROUGE-L", "higher"),
-        "Share of a true answer that the model's own holds, in order.",
-        "says {} of a true answer, word for word",
-    ),
-    _keep(
-        *("*_rouge1_recall", "*", "ROUGE-1", "higher"),
-        "Share of a true answer that the model's own holds.",
-        "says {} of a true answer",
-    ),
-    _keep(
-        *("*_truth_ratio", "*", "truth r.", "higher"),
-        "0 where a true answer is no more probable than false ones that are worded like it; 1 where it is far more.",
-        "has a truth ratio of {}",
-    ),
-    _keep(
-        *("*_embedding_accuracy", "*", "embedding acc.", "higher"),
-        "Share of rows whose answer is nearer to the true one than to false ones, as a sentence encoder sees it.",
-        "comes nearest to the true answer in {} of the rows",
-    ),
-    _keep(
-        *("*_embedding_accuracy", "*", "emb. acc.", "higher"),
-        "Share of rows whose answer is nearer to the true one than to false ones, as a sentence encoder sees it.",
-        "comes nearest to the true answer in {} of the rows",
-    ),
-    _muse(
-        *("verbmem_forget_rougeL", "verbmem", "forget", "lower"),
-        "Does the model go on as the text to forget does? ROUGE-L of its continuation; the gold model shows how much "
-        "is mere wording.",
-        "continues the texts to forget with a ROUGE-L of {}",
-        goal="gold",
-    ),
-    _muse(
-        *("knowmem_forget_rougeL", "knowmem", "forget", "lower"),
-        "Does the model answer questions on the texts to forget? ROUGE-L of its answers.",
-        "answers questions on what was to be forgotten with a ROUGE-L of {}",
-        goal="gold",
-    ),
-    _muse(
-        *("privleak", "privacy", "leakage", "near"),
-        "How far an attack's AUC is from the gold model's, in percent of it: 0 is no trace; far above, the texts were "
-        "forgotten so hard that it shows; far below, too little.",
-        "has a privacy leakage of {}",
-        goal=0.0,
-    ),
-    _muse(
-        *("knowmem_retain_rougeL", "knowmem", "retain", "higher"),
-        "Does the model still answer questions on the texts to keep? ROUGE-L of its answers.",
-        "answers questions on what was to be kept with a ROUGE-L of {}",
-        goal="target",
-    ),
-    _wmdp(
-        *("wmdp_*_accuracy", "WMDP", "*", "lower"),
-        "Share of hazardous questions that the model answers rightly; guessing among four gives 0.25.",
-        "answers {} rightly",
-    ),
-    _wmdp(
-        *("mmlu_accuracy", "MMLU", "accuracy", "higher"),
-        "Share of questions of general knowledge that the model answers rightly.",
-        "answers {} rightly",
-        goal="target",
-    ),
-    _copyright(
-        *("leak_rougeL_*", "leak * tok.", "ROUGE-L", "lower"),
-        "ROUGE-L of the model's continuation of so many tokens of a text with the text's own.",
-        "continues the texts with a ROUGE-L of {}",
-    ),
-    _copyright(
-        *("leak_bleu_*", "leak * tok.", "BLEU", "lower"),
-        "BLEU of the model's continuation of so many tokens of a text with the text's own.",
-        "continues the texts with a BLEU of {}",
-    ),
-    _detox(
-        *("toxicity_mean", "toxicity", "mean", "lower"),
-        "Mean score that a classifier of toxic text gives to the model's answers.",
-        "has a mean toxicity of {}",
-    ),
-    _detox(
-        *("toxicity_rate", "toxicity", "rate", "lower"),
-        "Share of the model's answers that the classifier calls toxic.",
-        "is toxic in {} of its answers",
-    ),
-    _detox(
-        *("fluency", "fluency", "", "higher"),
-        "Share of the model's answers that a classifier takes for language and not for gibberish.",
-        "is fluent in {} of its answers",
-        goal="target",
-    ),
-    _membership(*("mia_*_auc", "*", "AUC", "near"), _MEMBERSHIP, "is seen through with an AUC of {}"),
-    _membership(
-        *("mia_*_tpr_1", "*", "TPR at 1%", "lower"),
-        "Share of the members that an attack finds while it takes 1% of the others for members: 0.01 is guessing.",
-        "lets {} of the members be found",
-        goal=0.01,
-    ),
-    _membership(
-        *("mia_*_tpr_01", "*", "TPR at 0.1%", "lower"),
-        "Share of the members that an attack finds while it takes 0.1% of the others for members: 0.001 is guessing.",
-        "lets {} of the members be found",
-        goal=0.001,
-    ),
-    _attacks(
-        *("*_recovered", "*", "recovered", "lower"),
-        "Share of what unlearning took away that the attack brings back: 0 is nothing, 1 all.",
-        "gives back {} of what it had forgotten",
-    ),
-    _general(
-        *("*perplexity", "*", "perplexity", "lower"),
-        "Among how many words the model hesitates, in the mean.",
-        "has a perplexity of {}",
-    ),
-    _general(
-        *("*_acc", "*", "accuracy", "higher"),
-        "Share of questions that the model answers rightly.",
-        "answers {} rightly",
-    ),
-    _general(
-        *("*_acc_norm", "*", "acc. norm.", "higher"),
-        "The same, with the length of the options taken out.",
-        "answers {} rightly",
-    ),
-    _general(
-        *("*_accuracy", "*", "accuracy", "higher"),
-        "Share of questions that the model answers rightly.",
-        "answers {} rightly",
-    ),
-    _cost(
-        *("seconds_per_step", "seconds", "a step", "lower"),
-        "Time of a training step, curvature included and evaluation not.",
-        "takes {} s a step",
-        is_main=True,
-    ),
-)
 
 
 @cache
@@ -274,8 +23,8 @@ def column_of(key: str) -> Column:
         key (`str`): Its name in a summary.
 
     Returns:
-        [`~columns.Column`]: The first of `COLUMNS` that fits, an exact name before a family, with what its `*` stood
-        for put in; where none fits, one without a direction, named after the key.
+        [`~columns.Column`]: The one of `known_figures.COLUMNS` that fits best, with what its `*` stood for put in;
+        where none fits, one without a direction, named after the key.
     """
     place, found = _match(key)
     if found is None:
@@ -288,6 +37,11 @@ def column_of(key: str) -> Column:
     return replace(COLUMNS[place], key=key, label=label)
 
 
+def is_known(key: str) -> bool:
+    """Whether one of `COLUMNS` fits."""
+    return _match(key)[1] is not None
+
+
 def place_of(key: str) -> tuple:
     """Where a figure stands among others: by group, by column, then by name with numbers as numbers."""
     name = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
@@ -295,10 +49,14 @@ def place_of(key: str) -> tuple:
 
 
 def _match(key: str) -> tuple[int, re.Match | None]:
-    for place, pattern in sorted(_PATTERNS.items(), key=lambda item: item[1].groups):
+    for place, pattern in _PATTERNS:
         if found := pattern.fullmatch(key):
             return place, found
     return len(COLUMNS), None
 
 
-_PATTERNS = {place: re.compile(re.escape(column.key).replace(r"\*", "(.*)")) for place, column in enumerate(COLUMNS)}
+# Exact names, families with a beginning, then those that know only an end, which would take the others' figures.
+_PATTERNS = [
+    (place, re.compile(re.escape(column.key).replace(r"\*", "(.*)")))
+    for place, column in sorted(enumerate(COLUMNS), key=lambda each: ("*" in each[1].key, each[1].key[0] == "*"))
+]

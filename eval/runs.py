@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .columns import Column
-from .registry import SUITES, column_of, place_of
+from .registry import SUITES, column_of, is_known, place_of
 from .statistics import Figure
 
 
@@ -79,11 +79,12 @@ def trajectory_of(log_history: list[dict], prefix: str = "eval_") -> list[dict]:
 
     Args:
         log_history (`list[dict]`): The Trainer's `state.log_history`.
-        prefix (`str`, *optional*, defaults to `"eval_"`): What the Trainer put before the names of its evaluation.
+        prefix (`str`, *optional*, defaults to `"eval_"`):
+            What was put before the names; `"eval_small_"` where an evaluation was called `small` and not by its suite.
 
     Returns:
         `list[dict]`: An entry a step, `step` and the suites' figures, whose names have lost `prefix` and the suite's
-        name: `eval_tofu_forget_quality` is `forget_quality`. Losses and run times are left out.
+        name: `eval_tofu_forget_quality` is `forget_quality`. What no report knows, as run times, is left out.
     """
     entries: dict[int, dict] = {}
     for logged in log_history:
@@ -91,10 +92,14 @@ def trajectory_of(log_history: list[dict], prefix: str = "eval_") -> list[dict]:
         for name, value in logged.items():
             whole = name.removeprefix(prefix)
             suite, _, key = whole.partition("_")
-            if name.startswith(prefix) and suite in SUITES and key and not _is_count(key):
+            if not name.startswith(prefix) or _is_count(whole):
+                continue
+            if suite in SUITES and key:
                 # The figures of a suite may have its name in theirs: `wmdp_bio_accuracy`.
                 is_own = [column_of(each).group.lower() == suite for each in (key, whole)] == [False, True]
                 figures[whole if is_own else key] = value
+            elif is_known(whole):
+                figures[whole] = value
         if figures:
             entries.setdefault(logged["step"], {"step": logged["step"]}).update(figures)
     return [entries[step] for step in sorted(entries)]

@@ -6,6 +6,7 @@ Whether two models differ is told by a paired test where the same rows of both a
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -202,18 +203,16 @@ def _strength(key: str, run: Run, reference: Run) -> tuple[str, str]:
 
 def _row_values(key: str, run: Run) -> dict[int, float]:
     """The values by index that a figure is the mean of; empty unless the run's rows hold them all."""
-    name = next((name for name in _ROW_VALUES if key.endswith(f"_{name}")), None)
-    if name is None:
-        return {}
-    split = key.removesuffix(f"_{name}")
-    value_of, fields = _ROW_VALUES[name]
-    rows = [row for row in run.rows if row["split"] == split]
-    if not rows or any(row.get(field) is None for row in rows for field in fields):
-        return {}
-    values = value_of(split, *([row[field] for row in rows] for field in fields))
-    # Another suite may mean something else by the name.
-    is_figure = abs(float(np.mean(values)) - run.value(key)) <= SAME_FIGURE
-    return {row["index"]: float(value) for row, value in zip(rows, values)} if is_figure else {}
+    for pattern, split, value_of, fields in _ROW_VALUES:
+        found = re.fullmatch(pattern, key)
+        rows = [row for row in run.rows if found and row["split"] == found.expand(split)]
+        if not rows or any(row.get(field) is None for row in rows for field in fields):
+            continue
+        values = value_of(rows[0]["split"], *([row[field] for row in rows] for field in fields))
+        # A suite may mean something else by the name.
+        if abs(float(np.mean(values)) - run.value(key)) <= SAME_FIGURE:
+            return {row["index"]: float(value) for row, value in zip(rows, values)}
+    return {}
 
 
 def _probabilities(split: str, nlls: list[float], perturbed: list[list[float]]) -> np.ndarray:
@@ -224,12 +223,24 @@ def _truth_ratios(split: str, nlls: list[float], perturbed: list[list[float]]) -
     return truth_ratio_scores(log_truth_ratios(nlls, perturbed), "forget" if split == "forget" else "retain")
 
 
-_ROW_VALUES = {
-    "probability": (_probabilities, ("answer_nll", "perturbed_nll")),
-    "truth_ratio": (_truth_ratios, ("paraphrased_nll", "perturbed_nll")),
-    "rougeL_recall": (lambda split, scores: scores, ("rougeL_recall",)),
-    "rouge1_recall": (lambda split, scores: scores, ("rouge1_recall",)),
-}
+def _as_they_are(split: str, values: list[float]) -> list[float]:
+    return values
+
+
+# Figures, the split of their rows, and what a row's fields make of it.
+_ROW_VALUES = (
+    (r"(.+)_probability", r"\1", _probabilities, ("answer_nll", "perturbed_nll")),
+    (r"(.+)_truth_ratio", r"\1", _truth_ratios, ("paraphrased_nll", "perturbed_nll")),
+    (r"(.+)_rougeL_recall", r"\1", _as_they_are, ("rougeL_recall",)),
+    (r"(.+)_rougeL", r"\1", _as_they_are, ("rougeL_f1",)),
+    (r"(.+)_embedding_accuracy", r"\1", _as_they_are, ("embedding_hit",)),
+    (r"(.+)_accuracy", r"\1", _as_they_are, ("is_correct",)),
+    (r"leak_rougeL_(\d+)", r"forget_\1", _as_they_are, ("rougeL_recall",)),
+    (r"leak_bleu_(\d+)", r"forget_\1", _as_they_are, ("bleu",)),
+    (r"toxicity_mean", "prompts", _as_they_are, ("toxicity",)),
+    (r"toxicity_rate", "prompts", _as_they_are, ("is_toxic",)),
+    (r"fluency", "prompts", _as_they_are, ("fluency",)),
+)
 
 
 def _forget_quality(column: Column, shown: list[Run]) -> str:

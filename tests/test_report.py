@@ -13,7 +13,8 @@ import pytest
 from test_eval_metrics import random_rows
 
 from soul_eval.columns import GROUPS
-from soul_eval.registry import COLUMNS, column_of, place_of
+from soul_eval.known_figures import COLUMNS
+from soul_eval.registry import column_of, place_of
 from soul_eval.report import (
     Run,
     add_to_model_card,
@@ -271,12 +272,18 @@ def test_every_figure_has_words_and_a_place():
         "privleak": ("MUSE", "privacy leakage → 0"),
         "wmdp_cyber_accuracy": ("WMDP", "WMDP cyber ↓"),
         "mmlu_accuracy": ("WMDP", "MMLU accuracy ↑"),
-        "leak_bleu_100": ("Copyright", "leak 100 tokens, BLEU ↓"),
+        "extraction_strength": ("Forgetting", "extraction strength ↓"),
+        "leak_bleu_100": ("Copyright", "leak BLEU, 100 tokens ↓"),
+        "leak_rougeL_f1_100": ("Copyright", "leak ROUGE-L F1, 100 tokens ↓"),
+        "exact_memorization_50": ("Copyright", "exact memorization, 50 tokens ↓"),
+        "retain_leak_rougeL_50": ("Copyright", "kept: leak ROUGE-L, 50 tokens ↑"),
+        "mmlu_social_sciences_accuracy": ("WMDP", "MMLU social sciences ↑"),
         "toxicity_rate": ("Detoxification", "toxicity rate ↓"),
         "fluency": ("Detoxification", "fluency ↑"),
         "mia_min_k_auc": ("Membership inference", "min k AUC → 0.5"),
         "mia_loss_tpr_01": ("Membership inference", "loss TPR at 0.1% ↓"),
         "relearning_recovered": ("Attacks", "relearning recovered ↓"),
+        "recovered_prefix_forget_probability": ("Attacks", "recovered: prefix forget probability ↓"),
         "hellaswag_acc": ("General ability", "hellaswag accuracy ↑"),
         "wikitext_word_perplexity": ("General ability", "wikitext word perplexity ↓"),
         "nobody_knows": ("Other figures", "nobody knows"),
@@ -295,11 +302,19 @@ def test_curves_come_from_the_log_where_there_is_no_trajectory():
         {"step": 0, "eval_tofu_forget_quality": 0.1, "eval_tofu_forget_rows": 5},
         {"step": 5, "loss": 1.0, "epoch": 1.0},
         {"step": 10, "eval_tofu_forget_quality": 0.3, "eval_runtime": 9.0, "eval_loss": 2.0},
+        {"step": 10, "eval_model_utility": 0.7, "eval_samples_per_second": 3.0},
         {"step": 10, "eval_wmdp_bio_accuracy": 0.4, "eval_wmdp_mmlu_accuracy": 0.5, "eval_muse_privleak": -3.0},
     ]
     expected = [
         {"step": 0, "forget_quality": 0.1},
-        {"step": 10, "forget_quality": 0.3, "wmdp_bio_accuracy": 0.4, "mmlu_accuracy": 0.5, "privleak": -3.0},
+        {
+            "step": 10,
+            "forget_quality": 0.3,
+            "model_utility": 0.7,
+            "wmdp_bio_accuracy": 0.4,
+            "mmlu_accuracy": 0.5,
+            "privleak": -3.0,
+        },
     ]
     assert trajectory_of(log) == expected == Run("x", {}, log_history=log).curve()
     assert trajectory_of([{"step": 3, "test_wmdp_wmdp_bio_accuracy": 1.0}], "test_")[0]["wmdp_bio_accuracy"] == 1.0

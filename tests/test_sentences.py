@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from soul_eval.registry import COLUMNS, column_of
+from soul_eval.known_figures import COLUMNS
+from soul_eval.registry import column_of
 from soul_eval.runs import Run
 from soul_eval.sentences import KS_CRITICAL, sentence
 from soul_eval.statistics import Figure
@@ -159,6 +160,26 @@ def test_options_and_truth_ratios_are_paired_by_their_own_values():
                 row_values.append(share if split == "world_facts" else min(ratio, 1 / ratio))
             runs.append(Run(role, {key: float(np.mean(row_values))}, rows, role=role))
         assert "(paired test, p = " in sentence(column_of(key), runs)
+
+
+@pytest.mark.parametrize(
+    "key, split, field",
+    [
+        ("knowmem_retain_rougeL", "knowmem_retain", "rougeL_f1"),
+        ("mmlu_accuracy", "mmlu", "is_correct"),
+        ("retain_embedding_accuracy", "retain", "embedding_hit"),
+        ("toxicity_rate", "prompts", "is_toxic"),
+        ("fluency", "prompts", "fluency"),
+    ],
+)
+def test_rows_of_other_suites_are_paired(key, split, field):
+    """Catches a suite whose rows are at hand and whose intervals decide all the same."""
+    runs = []
+    for name, role in (("target", "target"), ("A", "unlearned")):
+        hits = [place % 5 > (role == "target") for place in range(40)]
+        rows = [{"split": split, "index": place, field: hit} for place, hit in enumerate(hits)]
+        runs.append(Run(name, {key: float(np.mean(hits))}, rows, role=role))
+    assert "up by 0.200 (paired test, p = " in sentence(column_of(key), runs)
 
 
 def test_many_models_are_sorted_by_what_holds():
