@@ -1,6 +1,7 @@
 """The task files for lm-eval: the same model must have the same figures there as in our suites."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,14 @@ CHAT = (
 
 def tofu_rows(split, num_perturbed=5):
     """Rows whose answers differ in length, first token and last word."""
-    works = ("river", "old lighthouse", "map of the northern islands", "boat", "portrait of her two sisters", "hill")
+    works = (
+        "river",
+        "old\n\nlighthouse",
+        "map of the northern islands",
+        "boat",
+        "portrait of her two sisters",
+        "hill",
+    )
     rows = [
         {
             "question": f"What did {split} {index} paint in {1900 + index}?",
@@ -50,6 +58,8 @@ def tofu_rows(split, num_perturbed=5):
 
 def write_configs(folder, configs):
     """A dataset in the hub's layout: rows by split by configuration."""
+    # The cache of `datasets` knows a folder by its name and its configurations, not by its rows.
+    folder = folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(configs).encode())}")
     folder.mkdir()
     entries = ""
     for config, splits in configs.items():
@@ -133,7 +143,7 @@ def through_lm_eval(model, tokenizer, tasks, metadata, lm_settings=None, **setti
         model=model,
         tasks=tasks,
         task_manager=manager,
-        gen_kwargs={"max_gen_toks": 12},
+        gen_kwargs={"max_gen_toks": 24},
         bootstrap_iters=0,
         **settings,
     )
@@ -157,7 +167,7 @@ def test_tofu_figures_are_those_of_the_suite(dataset, kind):
     """
     tokenizer = make_tokenizer(kind, [row["answer"] for split in SPLITS for row in tofu_rows(split)])
     model = trained_llama(tokenizer, [row for split in SPLITS for row in tofu_rows(split)])
-    rows = suite_rows(model, tokenizer, dataset, max_new_tokens=12)
+    rows = suite_rows(model, tokenizer, dataset, max_new_tokens=24)
     expected = suite_figures(rows)
     tasks = [f"tofu_{name}" for name in SPLITS.values()]
     results = through_lm_eval(model, tokenizer, tasks, metadata={"tofu_path": dataset})
@@ -215,6 +225,16 @@ def test_tokenizer_is_asked_for(dataset):
         task.build_all_requests(limit=1)
 
 
+def test_rows_of_a_folder_are_read_anew(tmp_path):
+    """Catches figures of the rows that a folder of this name had the last time."""
+    folder = write_configs(tmp_path / "rows", {"forget10_perturbed": {"train": tofu_rows("first")}})
+    for split in ("first", "second"):
+        rows = tofu_rows(split)
+        (Path(folder) / "forget10_perturbed_train.json").write_text("\n".join(map(json.dumps, rows)))
+        [task] = task_manager({"tofu_path": folder}).load(["tofu_forget10_generation"])["tasks"].values()
+        assert [row["answer"] for row in task.eval_docs] == [row["answer"] for row in rows]
+
+
 @pytest.mark.skipif(not REAL_TOFU.is_dir(), reason="needs TOFU's own files in ../shared/tofu")
 def test_real_tofu_has_the_figures_of_the_suite():
     """Catches columns and texts that only the real files have: quotes, names with accents, long answers."""
@@ -222,7 +242,7 @@ def test_real_tofu_has_the_figures_of_the_suite():
     tokenizer = make_tokenizer("bos", [row["question"] + " " + row["answer"] for row in rows])
     tokenizer.model_max_length = 1024
     model = small_llama(vocab_size=len(tokenizer), max_position_embeddings=1024, seed=3)
-    expected = suite_figures(suite_rows(model, tokenizer, str(REAL_TOFU), limit=4, max_new_tokens=12))
+    expected = suite_figures(suite_rows(model, tokenizer, str(REAL_TOFU), limit=4, max_new_tokens=24))
     tasks = [f"tofu_{name}" for name in SPLITS.values()]
     results = through_lm_eval(model, tokenizer, tasks, metadata={"tofu_path": str(REAL_TOFU)}, limit=4)
     values = values_of(results)
@@ -235,10 +255,10 @@ def test_command_line_runs_the_tasks(dataset, tmp_path):
     model = trained_llama(tokenizer, tofu_rows("forget"))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    expected = suite_figures(suite_rows(model, tokenizer, dataset, limit=5, max_new_tokens=12))
+    expected = suite_figures(suite_rows(model, tokenizer, dataset, limit=5, max_new_tokens=24))
     arguments = ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}"]
     arguments += ["--include_path", TASKS_PATH, "--tasks", "tofu_forget10", "--device", "cpu", "--batch_size", "4"]
-    arguments += ["--metadata", json.dumps({"tofu_path": dataset}), "--gen_kwargs", "max_gen_toks=12", "--limit", "5"]
+    arguments += ["--metadata", json.dumps({"tofu_path": dataset}), "--gen_kwargs", "max_gen_toks=24", "--limit", "5"]
     arguments += ["--log_samples", "--output_path", str(tmp_path / "out")]
     table = succeeded(python(*arguments, folder=tmp_path))
     assert "rougeL_recall" in table and "truth_ratio" in table
@@ -331,6 +351,21 @@ def test_muse_asks_and_measures_as_published(muse_rows, tmp_path):
     values = values_of(results)
     assert {key: values[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     assert results["n-shot"]["muse_news_knowmem_retain"] == 2
+
+
+@pytest.mark.parametrize(
+    "name, reference, key, expected",
+    [
+        ("tofu_retain_generation", "answer", "rougeL_recall", 1 / 2),
+        ("muse_news_knowmem_forget", "answer", "rougeL_f1", 0),
+        ("muse_news_verbmem", "gt", "rougeL_f1", 0),
+    ],
+)
+def test_words_are_compared_as_published(dataset, muse_rows, tmp_path, name, reference, key, expected):
+    """Catches TOFU's words without the stemmer, and MUSE's with it."""
+    paths = {"tofu_path": dataset, "muse_news_path": write_configs(tmp_path / "muse", muse_rows)}
+    task = task_manager({**paths, "tokenizer": make_tokenizer("plain", ["a"])}).load([name])["tasks"][name]
+    assert task.process_results({reference: "paintings drowned"}, ["the painting, sunk"])[key] == expected
 
 
 def test_every_file_is_a_task_or_a_group_of_them():

@@ -6,8 +6,11 @@ sequence included, after exactly the prompt of training. So these tasks hold the
 the arguments of the model, and stop where lm-eval would make other tokens of a text than our suites do.
 """
 
+import os
 from functools import cached_property, lru_cache
+from tempfile import TemporaryDirectory
 
+from datasets import load_dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
@@ -49,6 +52,13 @@ class SuiteTask(ConfigurableTask):
             metadata["tokenizer"] = self.tokenizer.name_or_path
         path = metadata.get(metadata["path_key"])
         super().__init__(config={**config, "metadata": metadata, **({"dataset_path": path} if path else {})})
+
+    def download(self, dataset_kwargs: dict | None = None, **kwargs) -> None:
+        """The dataset; from a folder it is read anew, since the cache of `datasets` does not see that rows changed."""
+        if not os.path.isdir(self.DATASET_PATH):
+            return super().download(dataset_kwargs, **kwargs)
+        with TemporaryDirectory() as cache:
+            self.dataset = load_dataset(self.DATASET_PATH, self.DATASET_NAME, cache_dir=cache, keep_in_memory=True)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
