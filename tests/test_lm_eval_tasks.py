@@ -95,7 +95,7 @@ def make_tokenizer(kind, texts):
     return tokenizer
 
 
-def trained_llama(tokenizer, rows, steps=40):
+def trained_llama(tokenizer, rows, steps=30):
     """A model that half knows its answers, so that likelihoods and generations differ between rows."""
     encoded = [encode(tokenizer, render(row, tokenizer)) for row in rows]
     ids, labels = (
