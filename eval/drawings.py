@@ -35,6 +35,7 @@ _PATHS = (
     "Each line is a run in the course of training, from the target (square) to its end (large dot); bars are 95% "
     "intervals."
 )
+_ENDS = "The target is a square, an unlearned model a dot, the gold model a star; bars are 95% intervals."
 _CAPTIONS = {
     "forget_quality": "The gold model (star) never saw the rows to forget. Above the dashed line, p = 0.05, no run "
     f"can be told from it; below {SMALLEST_P:g} all are drawn alike.",
@@ -104,7 +105,8 @@ def _trade_off(runs: list[Run], x: str, y: str, title: str) -> Drawing | None:
         axes.set_ylim(top=4)
         axes.axhline(0.05, color="#767676", linewidth=1, linestyle="--", zorder=0)
     axes.legend(frameon=False)
-    caption = f"{_PATHS} {_CAPTIONS.get(y, '')}".strip()
+    has_paths = any(len(_points(run.curve(), x, y)[0]) > 1 for run in runs)
+    caption = f"{_PATHS if has_paths else _ENDS} {_CAPTIONS.get(y, '')}".strip()
     return Drawing(f"{y}_against_{x}.png", title, caption, _png(figure))
 
 

@@ -72,6 +72,7 @@
   function example(row, wanted) {
     const question = row.question || `Row ${row.index}`;
     const heading = element("h3", question.length > LONG ? "long" : "", ...marked(question, wanted));
+    if (heading.className) heading.tabIndex = 0; // it scrolls
     const made = element("article", "example", heading);
     if (row.truth) {
       made.append(element("p", "truth", element("span", "label", "true answer"), ...marked(row.truth, wanted)));

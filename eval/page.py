@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .drawings import Drawing
 
 
+# With more models, a figure's sentence goes below their values and not beside them.
+NUM_BESIDE = 5
 ROLE_WORDS = {"target": "before unlearning", "gold": "never saw the rows", "unlearned": ""}
 
 
@@ -91,6 +93,7 @@ def _table(columns: list[Column], runs: list[Run], best: dict[str, set[str]], se
         role = f"<small>{ROLE_WORDS[run.role]}</small>" if ROLE_WORDS[run.role] else ""
         heads.append(f'<th scope="col"><span class="run run{place}">{escape(run.name)}</span>{role}</th>')
     lines, group = [], None
+    is_many = len(runs) > NUM_BESIDE
     is_grouped = len({column.group for column in columns}) > 1
     for column in columns:
         if is_grouped and column.group != group:
@@ -103,10 +106,13 @@ def _table(columns: list[Column], runs: list[Run], best: dict[str, set[str]], se
         means = re.sub(r"\bp ([=<]) ", "p\u00a0\\1\u00a0", means or "")
         means = f'<span class="means">{escape(means)}</span>' if means else ""
         cells = "".join(_cell(column, run, best) for run in runs)
-        lines.append(f'<tr><th scope="row" title="{escape(column.reading)}">{name}{means}</th>{cells}</tr>')
-    head, body = "".join(heads), "\n".join(lines)
+        head = f'<th scope="row" title="{escape(column.reading)}">{name}{"" if is_many else means}</th>'
+        lines.append(f"<tr>{head}{cells}</tr>")
+        if is_many and means:
+            lines.append(f'<tr class="meaning"><td colspan="{len(runs) + 1}">{means}</td></tr>')
+    head, body, kind = "".join(heads), "\n".join(lines), " many" if is_many else ""
     return (
-        f'<div class="scroll"><table class="figures-table"><thead><tr><td></td>{head}</tr></thead>\n'
+        f'<div class="scroll"><table class="figures-table{kind}"><thead><tr><td></td>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 

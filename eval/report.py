@@ -50,7 +50,11 @@ def table(runs: list[Run]) -> str:
     note = table_note(runs, *([] if is_inline else ["± is half of a 95% interval"]))
     num_more = len(shown_columns(runs)) - len(columns)
     note += f" {num_more} more figures are in the summary and the report." if num_more else ""
-    return "\n\n".join([*(_text_block(block, runs) for block in blocks), textwrap.fill(note, TABLE_WIDTH)])
+    # Names have what room the fullest block leaves, and the same in all of them.
+    room = TABLE_WIDTH - max((sum(map(_width, block)) for block in blocks), default=0)
+    return "\n\n".join(
+        [*(_text_block(block, runs, max(1, room)) for block in blocks), textwrap.fill(note, TABLE_WIDTH)]
+    )
 
 
 def _text_cells(column: Column, runs: list[Run], is_inline: bool) -> list[str]:
@@ -77,8 +81,7 @@ def _width(cells: list[str]) -> int:
     return len(cells[0]) + 1
 
 
-def _text_block(cells: list[list[str]], runs: list[Run]) -> str:
-    room = max(1, TABLE_WIDTH - sum(_width(each) for each in cells))
+def _text_block(cells: list[list[str]], runs: list[Run], room: int) -> str:
     names = [run.name if len(run.name) <= room else f"{run.name[: room - 1]}…" for run in runs]
     name_cells = ["", "", *(line for name in names for line in (name, ""))]
     width = max(map(len, name_cells))

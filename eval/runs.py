@@ -1,5 +1,6 @@
 """A run, its figures, and how many rows they are made of. Imports no torch."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ ROLES = ("unlearned", "target", "gold")
 # Okabe's and Ito's colours, which all eyes can tell apart.
 ROLE_COLOURS = {"target": "#767676", "gold": "#E69F00"}
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+# Figures that are means over the rows of a split.
+_OF_SPLIT = re.compile("(.+)_(?:probability|rougeL_recall|truth_ratio|rougeL|accuracy)")
 # What the settings hold besides settings.
 MEASURED_SETTINGS = ("seconds_per_step",)
 
@@ -120,8 +123,8 @@ def shown_columns(runs: list[Run], main_only: bool = False) -> list[Column]:
 
 def row_counts(runs: list[Run]) -> dict[str, tuple[int, int]]:
     """
-    How many rows the figures are made of, least and most over the runs: by split where there are rows or counts of
-    them, else by group of figures.
+    How many rows the figures are made of, least and most over the runs: by split where there are rows, counts of them
+    or figures that name their split, else by group of figures.
     """
     counts: dict[str, list[int]] = {}
     for run in runs:
@@ -133,11 +136,13 @@ def row_counts(runs: list[Run]) -> dict[str, tuple[int, int]]:
 def _counts_of(run: Run) -> dict[str, int]:
     counts = dict(Counter(row["split"] for row in run.rows))
     counts = counts or {key.removesuffix("_rows"): int(run.value(key)) for key in run.summary if _is_count(key)}
-    if not counts:
-        for key in run.keys():
-            if num_rows := run.figure(key).num_rows:
-                group = column_of(key).group
-                counts[group] = max(num_rows, counts.get(group, 0))
+    if counts:
+        return counts
+    figures = {key: run.figure(key).num_rows for key in run.keys() if run.figure(key).num_rows}
+    splits = {key: found[1] for key in figures if (found := _OF_SPLIT.fullmatch(key))}
+    names = splits or {key: column_of(key).group.lower() for key in figures}
+    for key, name in names.items():
+        counts[name] = max(figures[key], counts.get(name, 0))
     return counts
 
 

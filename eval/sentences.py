@@ -93,7 +93,7 @@ def table_note(runs: list[Run], intervals: str = "brackets hold 95% intervals") 
     columns = shown_columns(runs)
     counts = []
     for name, (least, most) in row_counts(runs).items():
-        counts.append(f"{name.replace('_', ' ')} {least}" + (f" to {most}" if most != least else ""))
+        counts.append(f"{least}{f' to {most}' if most != least else ''} of {name.replace('_', ' ')}")
     arrows = {column.arrow[:1] for column in columns}
     words = {"↑": "↑ higher is better", "↓": "↓ lower is better", "→": "→ nearer to the number is better"}
     parts = [text for arrow, text in words.items() if arrow in arrows]
@@ -124,7 +124,7 @@ def interval_text(column: Column, figure: Figure | None) -> str:
 def _sorted_by_verdict(column: Column, shown: list[Run], verdicts: list[Verdict | None], aside: str) -> str:
     groups: dict[str, list[str]] = {}
     for run, verdict in zip(shown, verdicts):
-        text = f"{run.name} {column.text(run.value(column.key))}"
+        text = f"{run.name} ({column.text(run.value(column.key))})"
         groups.setdefault(verdict.kind if verdict else "", []).append(text)
     parts = [f"{kind}: {', '.join(names)}" if kind else ", ".join(names) for kind, names in groups.items()]
     parts = ([aside] if aside else []) + parts

@@ -241,7 +241,7 @@ def test_table_fits_the_terminal():
         assert all(line[end - 1] != " " and line[end : end + 1] in ("", " ") for end in ends[1:])
     utility = runs[0].figure("model_utility")
     assert f"±{(utility.high - utility.low) / 2:.3f}" in body[1]
-    assert "…" in body[4] and "↑" in lines[1] and "forget 12" in "".join(lines[-2:])
+    assert "…" in body[4] and "↑" in lines[1] and "12 of forget" in " ".join(lines[-2:])
     plain = table([Run("x", {"forget_quality": 0.0, "model_utility": 0.5})]).splitlines()
     assert plain[3].split() == ["x", "0", "0.500"]
 
@@ -327,8 +327,10 @@ def test_rows_are_counted_from_what_there_is():
     assert row_counts([Run("a", {}, rows), Run("b", {}, rows[:2])]) == {"forget": (2, 3)}
     assert row_counts([Run("a", {"retain_rows": 7.0})]) == {"retain": (7, 7)}
     assert row_counts([Run("a", {"toxicity_mean": Figure(0.1, 5), "toxicity_rate": Figure(0.1, 9)})]) == {
-        "Detoxification": (9, 9)
+        "detoxification": (9, 9)
     }
+    figures = {"forget_probability": Figure(0.1, 5), "real_authors_truth_ratio": Figure(0.1, 7), "ks": Figure(1.0, 9)}
+    assert row_counts([Run("a", figures)]) == {"forget": (5, 5), "real_authors": (7, 7)}
     assert row_counts([Run("a", {"toxicity_mean": 0.1})]) == {}
 
 

@@ -253,6 +253,8 @@ def test_nothing_sticks_out_and_all_can_be_read(tab, width, scheme):
     tab.call("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=mobile)
     tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     assert tab.run("document.documentElement.scrollWidth") <= width
+    # Four models have room side by side.
+    assert tab.run("(e => e.scrollWidth - e.clientWidth)(document.querySelector('.scroll'))") == 0
     ink, paper = (tab.run(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
     brightness = [sum(map(int, colour[4:-1].split(","))) for colour in (ink, paper)]
     assert (brightness[0] > brightness[1]) == (scheme == "dark") and abs(brightness[0] - brightness[1]) > 500

@@ -187,8 +187,8 @@ def test_many_models_are_sorted_by_what_holds():
     values = {f"M{place}": interval(0.1 + 0.3 * (place % 2)) for place in range(6)}
     text = said("forget_probability", **values, gold=interval(0.1))
     assert text == (
-        "The gold model 0.100; no more than a model that never saw them: M0 0.100, M2 0.100, M4 0.100; more than a "
-        "model that never saw them, so something of them is left: M1 0.400, M3 0.400, M5 0.400."
+        "The gold model 0.100; no more than a model that never saw them: M0 (0.100), M2 (0.100), M4 (0.100); more "
+        "than a model that never saw them, so something of them is left: M1 (0.400), M3 (0.400), M5 (0.400)."
     )
     assert said("seconds_per_step", **{f"M{place}": place / 2 for place in range(1, 5)}).count("; ") == 0
 
