@@ -3,6 +3,7 @@ Sweeps optimizers equally over the embedded corpus, and prints what each of them
 
     python recipes/benchmark.py sweep --output_dir outputs/sweep        # resumes; --shard 0/2 does every second run
     python recipes/benchmark.py table --output_dir outputs/sweep
+    python recipes/benchmark.py eval --dataset DIR --model DIR          # the speed of evaluation: evaluation_speed.py
 
 Each optimizer gets 24 settings for each objective and seed, 60 steps of 8 forget and 8 retain rows with gradients
 clipped at 1, and starts from the same target. A run is a line of `runs-*.jsonl`.
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from evaluation_speed import compare
 from fictitious_authors import make_corpus
 from small_llama import SmallModelArguments
 from small_models import small_models
@@ -43,14 +45,14 @@ def forget_truth_ratios(model, tokenizer, rows: list[dict]) -> np.ndarray:
         for row, group in zip(rows, answers)
         for answer in group
     ]
-    losses = np.reshape(answer_losses(model, tokenizer, examples, batch_size=64, progress=False), (len(rows), -1))
+    losses = np.reshape(answer_losses(model, tokenizer, examples, progress=False), (len(rows), -1))
     return truth_ratios(losses[:, 0], losses[:, 1:])
 
 
 def probability(model, tokenizer, rows: list[dict]) -> float:
     """Mean probability of the true answers."""
     examples = [render(row, tokenizer) for row in rows]
-    return float(np.exp(-np.array(answer_losses(model, tokenizer, examples, batch_size=64, progress=False))).mean())
+    return float(np.exp(-np.array(answer_losses(model, tokenizer, examples, progress=False))).mean())
 
 
 def measure(run: dict, corpus: dict, target: str, gold_ratios: np.ndarray) -> dict:
@@ -109,13 +111,19 @@ def sweep(folder: Path, seeds: list[int], shard: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["sweep", "table"])
+    parser.add_argument("command", choices=["sweep", "table", "eval"])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--shard", default="0/1", help="This process's part of the runs: index/number.")
+    parser.add_argument("--dataset", help="eval: TOFU's folder or hub id; by default the embedded corpus.")
+    parser.add_argument("--forget_split", default="forget10", help="eval: the rows to forget, with --dataset.")
+    parser.add_argument("--model", help="eval: the model; by default a small one that learns the rows first.")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if arguments.command == "sweep":
-        sweep(arguments.output_dir, arguments.seeds, arguments.shard)
-    print(table(arguments.output_dir))
+    if arguments.command == "eval":
+        compare(arguments.output_dir, arguments.dataset, arguments.forget_split, arguments.model)
+    else:
+        if arguments.command == "sweep":
+            sweep(arguments.output_dir, arguments.seeds, arguments.shard)
+        print(table(arguments.output_dir))

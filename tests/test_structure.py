@@ -25,6 +25,10 @@ SHORTER_FILES = {"soul_trainer/trainer.py": 250, **{str(p.relative_to(ROOT)): 15
 # Names that transformers does not promise to keep start with an underscore, or are tables that its own code fills.
 INTERNALS = {"soul_trainer/registration.py", *(str(p.relative_to(ROOT)) for p in ROOT.glob("soul_trainer/engines/*"))}
 
+# What makes figures and reports of rows, wherever they are.
+OF_ROWS_ALONE = ("rows", "journal", "statistics", "paired", "report", "runs", "columns", "registry", "known_figures")
+OF_ROWS_ALONE += ("sentences", "examples", "drawings", "page")
+
 
 def sources(*folders):
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -69,11 +73,7 @@ def test_imports_run_one_way_within_the_trainer():
         ("eval", {"recipes"}),
         ("soul_trainer/engines", {"datasets", "peft", "numpy"}),
         ("soul_trainer/sophia.py", {"transformers", "accelerate", "datasets", "peft", "numpy"}),
-        ("eval/report.py", {"torch", "transformers", "soul_trainer"}),
-        ("eval/rows.py", {"torch", "transformers", "soul_trainer"}),
-        ("eval/runs.py", {"torch", "transformers", "soul_trainer"}),
-        ("eval/drawings.py", {"torch", "transformers", "soul_trainer"}),
-        ("eval/page.py", {"torch", "transformers", "soul_trainer"}),
+        *((f"eval/{name}.py", {"torch", "transformers", "soul_trainer"}) for name in OF_ROWS_ALONE),
         ("eval/metrics", {"torch", "transformers", "soul_trainer"}),
     ],
 )
