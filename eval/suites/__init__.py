@@ -1,9 +1,11 @@
 """One file a benchmark: which rows, what is asked about them, which figures."""
 
 from .base import GENERATION, Part, Suite
+from .muse import SUITE as MUSE
 from .tofu import SUITE as TOFU
+from .wmdp import SUITE as WMDP
 
 
-SUITES = {suite.name: suite for suite in (TOFU,)}
+SUITES = {suite.name: suite for suite in (TOFU, MUSE, WMDP)}
 
 __all__ = ["GENERATION", "SUITES", "Part", "Suite"]
