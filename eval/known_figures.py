@@ -190,9 +190,9 @@ COLUMNS = (
         "comes nearest to the true answer in {} of the rows",
     ),
     _keep(
-        *("*_embedding_accuracy", "*", "emb. acc.", "higher"),
-        "Share of rows whose answer is nearer to the true one than to false ones, as a sentence encoder sees it.",
-        "comes nearest to the true answer in {} of the rows",
+        *("*_mention_accuracy", "*", "mention acc.", "higher"),
+        "Share of rows whose answer has the true one in it, word for word; case does not matter.",
+        "mentions the true answer in {} of the rows",
     ),
     _muse(
         *("verbmem_forget_rougeL", "verbmem", "forget", "lower"),

@@ -14,6 +14,7 @@ FIELDS = (
     "rougeL_f1",
     "bleu",
     "embedding_hit",
+    "mentions_answer",
     "is_correct",
     "toxicity",
     "fluency",

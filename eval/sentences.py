@@ -234,6 +234,7 @@ _ROW_VALUES = (
     (r"(.+)_rougeL_recall", r"\1", _as_they_are, ("rougeL_recall",)),
     (r"(.+)_rougeL", r"\1", _as_they_are, ("rougeL_f1",)),
     (r"(.+)_embedding_accuracy", r"\1", _as_they_are, ("embedding_hit",)),
+    (r"(.+)_mention_accuracy", r"\1", _as_they_are, ("mentions_answer",)),
     (r"(.+)_accuracy", r"\1", _as_they_are, ("is_correct",)),
     (r"leak_rougeL_(\d+)", r"forget_\1", _as_they_are, ("rougeL_recall",)),
     (r"leak_bleu_(\d+)", r"forget_\1", _as_they_are, ("bleu",)),

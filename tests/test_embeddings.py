@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 from soul_eval.embeddings import embed, nearest_answers
 from soul_eval.metrics.embedding_accuracy.formula import embedding_hits
+from soul_eval.suites.embedding import accuracy_figures, judge_embeddings
 
 
 ROOT = Path(__file__).parents[1]
@@ -152,3 +153,17 @@ def test_a_missing_library_is_named():
     code = "import sys; sys.modules['sentence_transformers'] = None; import soul_eval.embeddings as e; e.embed(['a'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "ImportError: Embeddings need sentence_transformers: pip install soul-trainer[embedding]" in done.stderr
+
+
+def test_rows_are_judged_by_their_paraphrases(encoder):
+    """Catches the plain answer for the paraphrased one, options of another row, and rows that were not asked."""
+    true, *wrong = TEXTS[:4]
+    row = {"split": "forget", "answer": wrong[0], "paraphrased_answer": true, "perturbed_answer": wrong}
+    rows = [{**row, "index": place, "paraphrased_generation": text} for place, text in enumerate((true, wrong[1]))]
+    rows.append({"split": "forget", "index": 2, "generation": true, **row})
+    judge_embeddings(rows, encoder[1])
+    assert [each.get("embedding_hit") for each in rows] == [True, False, None]
+    rows.append({"split": "world_facts", "index": 0, "mentions_answer": True})
+    figures = accuracy_figures(rows)
+    assert figures["forget_embedding_accuracy"].value == 0.5 and figures["forget_embedding_accuracy"].num_rows == 2
+    assert figures["world_facts_mention_accuracy"].value == 1

@@ -12,7 +12,7 @@ from soul_eval.__main__ import main
 from soul_eval.rows import make_header, read_rows, write_rows
 from soul_eval.scoring import answer_losses, greedy_answers
 from soul_eval.statistics import Figure
-from soul_eval.suites.tofu import TofuArguments, evaluate_model, load_splits, parts, summarise
+from soul_eval.suites.tofu import TofuArguments, evaluate_model, load_splits, parts, summarise, unscored_rows
 from soul_trainer.formats import render
 
 
@@ -283,3 +283,18 @@ def test_summarise_prints_one_object_and_imports_no_torch(tmp_path):
 def python_path():
     """The environment of a child that imports from where this process does."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_accuracy_is_asked_as_soul_does(dataset):
+    """Catches the plain question for the paraphrased one, a paraphrase where there is none, and case that matters."""
+    rows = load_splits(dataset, "forget_small")
+    arguments = TofuArguments(embedding_model="any", max_new_tokens=5)
+    row = unscored_rows(rows)[1]
+    asked = {part.name: part for part in parts(row, arguments)}
+    assert asked["paraphrase"].answers[0]["question"] == rows["forget"][1]["paraphrased_question"]
+    fact = next(row for row in unscored_rows(rows) if row["split"] == "world_facts")
+    mention = parts(fact, arguments)[1].finish
+    assert mention(f"I say: {fact['answer'].upper()}!")["mentions_answer"] is True
+    assert mention("nothing")["mentions_answer"] is False and "paraphrase" not in {
+        part.name for part in parts(fact, arguments)
+    }

@@ -1,25 +1,34 @@
-"""SOUL's accuracy on rows with wrong answers: is a generation nearest in meaning to the true one?"""
+"""
+The accuracy that SOUL reports: does an answer mean the true one rather than a wrong one?
+
+Where there are paraphrases, the paraphrased question is asked and the answer's sentence embedding must be nearest to
+that of the paraphrased true answer. Where there are none, on real authors and world facts, the answer must mention the
+true one.
+"""
 
 from ..statistics import Figure, mean_figure
 
 
-KEY = "embedding_hit"
+KINDS = {"embedding_hit": "embedding_accuracy", "mentions_answer": "mention_accuracy"}
 
 
 def judge_embeddings(rows: list[dict], model: str) -> None:
-    """Adds `embedding_hit` to the rows that have a `generation` and wrong answers (`perturbed_answer`)."""
+    """Adds `embedding_hit` to the rows that have an answer to a paraphrased question."""
     from ..embeddings import nearest_answers
 
-    judged = [row for row in rows if row.get("generation") is not None and row.get("perturbed_answer")]
-    texts = ([row[key] for row in judged] for key in ("generation", "answer", "perturbed_answer"))
+    judged = [row for row in rows if row.get("paraphrased_generation") is not None]
+    texts = (
+        [row[key] for row in judged] for key in ("paraphrased_generation", "paraphrased_answer", "perturbed_answer")
+    )
     for row, hit in zip(judged, nearest_answers(*texts, model=model)):
-        row[KEY] = bool(hit)
+        row["embedding_hit"] = bool(hit)
 
 
-def embedding_figures(rows: list[dict]) -> dict[str, Figure]:
-    """`<split>_embedding_accuracy` of the splits whose rows were judged."""
-    splits: dict[str, list[bool]] = {}
+def accuracy_figures(rows: list[dict]) -> dict[str, Figure]:
+    """`<split>_embedding_accuracy` and `<split>_mention_accuracy` of the splits whose rows have them."""
+    hits: dict[str, list[bool]] = {}
     for row in rows:
-        if row.get(KEY) is not None:
-            splits.setdefault(row["split"], []).append(row[KEY])
-    return {f"{split}_embedding_accuracy": mean_figure(hits, split) for split, hits in splits.items()}
+        for key, figure in KINDS.items():
+            if row.get(key) is not None:
+                hits.setdefault(f"{row['split']}_{figure}", []).append(row[key])
+    return {name: mean_figure(values, name.rsplit("_", 2)[0]) for name, values in hits.items()}

@@ -19,7 +19,7 @@ from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores, 
 from ..rows import check_rows
 from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, resampled_means
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
-from .embedding import embedding_figures, judge_embeddings
+from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
 
 
@@ -163,6 +163,7 @@ def unscored_rows(splits: "dict[str, Dataset]") -> list[dict]:
             kept = ["question", "answer"]
         if missing := set(kept).difference(items.column_names):
             raise ValueError(f"The split {split!r} lacks the columns {sorted(missing)}; it has {items.column_names}.")
+        kept += {"paraphrased_question"}.intersection(items.column_names)
         for index, item in enumerate(items.select_columns(kept)):
             if isinstance(item.get("perturbed_answer"), str):
                 item["perturbed_answer"] = [item["perturbed_answer"]]
@@ -193,9 +194,17 @@ def parts(row: dict, arguments: TofuArguments) -> list[Part]:
     if arguments.generate:
 
         def overlap(text: str) -> dict:
-            return {"generation": text, **rouge_scores(row["answer"], text)}
+            fields = {"generation": text, **rouge_scores(row["answer"], text)}
+            return fields | ({} if paraphrased else {"mentions_answer": row["answer"].lower() in text.lower()})
 
         asked.append(Part("generation", with_answers(row["answer"]), overlap, GENERATION, arguments.max_new_tokens))
+    if arguments.embedding_model and "paraphrased_question" in row:
+        paraphrase = [{"question": row["paraphrased_question"], "answer": row["answer"]}]
+
+        def answer(text: str) -> dict:
+            return {"paraphrased_generation": text}
+
+        asked.append(Part("paraphrase", paraphrase, answer, GENERATION, arguments.max_new_tokens))
     if arguments.non_members and row["split"] == "forget":
         asked += membership_parts(with_answers(row["answer"])[0], arguments.gradient_norms)
     return asked
@@ -229,7 +238,7 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
     if reference_rows is not None and split_rows["forget"]:
         summary = _forget_quality(split_rows["forget"], reference_rows) | summary
     summary |= membership_figures(split_rows["forget"], split_rows[NON_MEMBERS], reference_rows)
-    return summary | embedding_figures(rows)
+    return summary | accuracy_figures(rows)
 
 
 def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:

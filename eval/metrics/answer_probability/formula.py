@@ -31,7 +31,7 @@ def normalised_answer_probabilities(
     Returns:
         `np.ndarray` of shape `(rows,)`: Float64 in [0, 1]; with k wrong answers a model that knows nothing has about `1 / (k + 1)`.
     """
-    # p / (p + sum(p_k)) = 1 / (1 + sum(p_k / p)), which is no 0 / 0 where every option is improbable.
+    # p / (p + sum(p_k)) = 1 / (1 + sum(p_k / p)), which is no 0 / 0 where all are improbable.
     with np.errstate(over="ignore"):
         odds = [
             np.exp(nll - np.asarray(options, dtype=np.float64)).sum()
