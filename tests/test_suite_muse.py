@@ -149,6 +149,27 @@ def test_overlaps_are_those_of_muse(figures, evaluated, model_dir):
     assert all(figures[name]["low"] < figures[name]["value"] < figures[name]["high"] for name in expected)
 
 
+def test_figures_are_those_of_the_lm_eval_tasks(figures, model_dir, hub):
+    """Catches a change to the suite's prompts, cuts or words that the task files do not follow, or the reverse."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    from soul_eval.tasks import TASKS_PATH
+
+    metadata = {"muse_news_path": hub, "pretrained": model_dir}
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": model_dir, "device": "cpu"},
+        tasks=["muse_news_knowmem", "muse_news_verbmem"],
+        task_manager=TaskManager(include_path=TASKS_PATH, include_defaults=False, metadata=metadata),
+        batch_size=2,
+        bootstrap_iters=0,
+    )["results"]
+    for name in ("knowmem_forget", "knowmem_retain", "verbmem_forget"):
+        task = f"muse_news_{name.removesuffix('_forget') if name.startswith('verbmem') else name}"
+        assert figures[f"{name}_rougeL"]["value"] == pytest.approx(results[task]["rougeL_f1,none"], abs=SAME)
+
+
 def test_memorization_is_of_the_texts_own_continuation(figures, evaluated, model_dir):
     """Catches words joined at the end of a prompt, a space before a comma, the end of sequence in a text."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
