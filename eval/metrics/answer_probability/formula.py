@@ -29,9 +29,10 @@ def normalised_answer_probabilities(
         perturbed_nll (`Sequence[Sequence[float]]` of length `rows`): The same of each row's wrong answers.
 
     Returns:
-        `np.ndarray` of shape `(rows,)`: Float64 in [0, 1]; with k wrong answers a model that knows nothing has about `1 / (k + 1)`.
+        `np.ndarray` of shape `(rows,)`:
+            Float64 in [0, 1]; with k wrong answers a model that knows nothing has about `1 / (k + 1)`.
     """
-    # p / (p + sum(p_k)) = 1 / (1 + sum(p_k / p)), which is no 0 / 0 where all are improbable.
+    # p / (p + sum(p_k)) = 1 / (1 + sum(p_k / p)), which is no 0 / 0 where every option is improbable.
     with np.errstate(over="ignore"):
         odds = [
             np.exp(nll - np.asarray(options, dtype=np.float64)).sum()
