@@ -14,8 +14,7 @@ from soul_eval.__main__ import main
 from soul_eval.evaluation import ask
 from soul_eval.rows import read_rows
 from soul_eval.statistics import Figure
-from soul_eval.suites import SUITES
-from soul_eval.suites.copyright import SUITE, CopyrightArguments, load, match_reference, parts, summarise
+from soul_eval.suites.copyright import CopyrightArguments, load, match_reference, parts, summarise
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.formats import encode, render
 
@@ -272,10 +271,9 @@ def test_rows_without_columns_or_of_other_splits():
         match_reference(rows, [rows[0], {**rows[1], "prompt": "q"}, rows[2]])
 
 
-def test_command_line(tokenizer, book, tmp_path, capsys, monkeypatch):
+def test_command_line(tokenizer, book, tmp_path, capsys):
     """Catches a suite that the command line cannot run, settings that do not reach it, and figures that rows alone do
     not give."""
-    monkeypatch.setitem(SUITES, "copyright", SUITE)
     small_llama(seed=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = ["copyright", "--model", str(tmp_path / "model"), "--text", book, "--device", "cpu", "--limit", "3"]

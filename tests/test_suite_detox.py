@@ -12,8 +12,7 @@ from soul_eval.metrics.toxicity.formula import mean_toxicity, toxicity_rate
 from soul_eval.rows import read_rows
 from soul_eval.scoring import greedy_answers
 from soul_eval.statistics import Figure
-from soul_eval.suites import SUITES
-from soul_eval.suites.detox import SUITE, DetoxArguments, judge, load, match_reference, parts, summarise
+from soul_eval.suites.detox import DetoxArguments, judge, load, match_reference, parts, summarise
 from soul_trainer.formats import render
 
 
@@ -239,10 +238,9 @@ def test_bad_rows_are_named(toxic, tmp_path):
         load(small(dataset, toxic))
 
 
-def test_command_line(toxic, gibberish, tokenizer, tmp_path, capsys, monkeypatch):
+def test_command_line(toxic, gibberish, tokenizer, tmp_path, capsys):
     """Catches a suite that the command line cannot run, rows that no classifier has judged, and figures that rows
     alone do not give."""
-    monkeypatch.setitem(SUITES, "detox", SUITE)
     small_llama(seed=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = ["detox", "--model", str(tmp_path / "model"), "--device", "cpu", "--max_new_tokens", "4"]
