@@ -173,7 +173,7 @@ def test_perplexity_is_of_words(folder, tokenizer):
 
 @pytest.mark.parametrize("kind", ["plain", "untied", "adapter"])
 def test_model_stays_as_it_was(folder, tokenizer, kind):
-    """Catches dropout left off, a pad token that stays, weights tied again, training's random numbers, adapters off."""
+    """Catches dropout left off, a pad token that stays, weights tied again, training's random numbers, no adapter."""
     model = small_llama(seed=5, attention_dropout=0.1, tie_word_embeddings=kind == "untied")
     if kind == "untied":  # as where the head alone was trained
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.1)
