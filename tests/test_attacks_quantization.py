@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from test_eval_scoring import small_llama
@@ -119,6 +121,16 @@ def test_many_bits_change_nearly_nothing():
                 errors.append((model(ids).logits - whole).abs().max().item())
     # Each further bit halves the step; logits are of the order of 1 to 10.
     assert errors[2] < 1e-3 and errors[1] < errors[0] / 4 and errors[2] < errors[1] / 64
+
+
+def test_weights_in_no_layer_are_counted(caplog):
+    """Catches a mixture of experts whose experts stay whole, and nobody is told."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    with caplog.at_level(logging.WARNING), rounded_weights(model, 4):
+        assert not caplog.text
+    model.experts = torch.nn.Parameter(torch.ones(2, 3, 4))
+    with caplog.at_level(logging.WARNING), rounded_weights(model, 4):
+        assert "24 weights of the model are in no linear layer" in caplog.text
 
 
 def test_models_that_cannot_be_rounded_are_refused():

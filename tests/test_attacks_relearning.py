@@ -125,6 +125,31 @@ def test_training_is_that_of_a_plain_loop():
             torch.testing.assert_close(weight, expected.get_parameter(name), rtol=0, atol=1e-5)
 
 
+def test_an_adapter_learns_and_leaves_nothing_behind():
+    """Catches an adapter that trains nothing, stays, freezes the model, or needs a base that can be trained."""
+    model = copy.deepcopy(toy_models()[1]).bfloat16()
+    model.lm_head.weight.requires_grad_(False)
+    digest, modules = weights_digest(model), dict(model.named_modules())
+    before = probability(model, FORGET[:2])
+    settings = {"relearn_lora_rank": 4, "relearn_steps": 20, "relearn_learning_rate": 5e-3}
+    gains = []
+    for _ in range(2):
+        with relearned(model, FORGET[:2], **settings) as attacked:
+            assert attacked is model and not model.training
+            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            assert len(trained) == 14 and all("lora" in name for name in trained), "two factors of seven layers"
+            assert {weight.dtype for weight in trained.values()} == {torch.float32}
+            gains.append(probability(model, FORGET[:2]) - before)
+    assert gains[0] == gains[1] > 0.2
+    assert weights_digest(model) == digest and dict(model.named_modules()) == modules
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["lm_head.weight"]
+    model.requires_grad_(False)
+    with relearned(model, FORGET[:2], **settings):
+        assert probability(model, FORGET[:2]) > before + 0.2
+    with pytest.raises(ValueError, match="`relearn_lora_rank` must be at least 0, but it is -1"):
+        RelearningArguments(relearn_lora_rank=-1)
+
+
 def test_small_steps_are_not_rounded_away():
     """Catches training in bfloat16, where a step of 1e-5 changes next to no weight and the attack seems to fail."""
     whole, half = copy.deepcopy(toy_models()[1]), copy.deepcopy(toy_models()[1]).bfloat16()

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..extras import require
 from ..models import load_model
 
+
+logger = logging.get_logger(__name__)
 
 LEAST_BITS, MOST_BITS = 2, 24
 
@@ -138,6 +141,8 @@ def _linear_layers(model: torch.nn.Module, include_head: bool) -> list[tuple[Ten
         embeddings.append(model.get_output_embeddings())
     left_out = {id(module.weight) for module in embeddings if module is not None}
     found: dict[int, tuple[Tensor, bool]] = {}
+    # Experts of a mixture may be a parameter of three dimensions and no layer: who rounds the rest should know.
+    others = sum(weight.numel() for weight in model.parameters() if weight.ndim > 2)
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in left_out:
             if not module.weight.is_floating_point():
@@ -145,4 +150,6 @@ def _linear_layers(model: torch.nn.Module, include_head: bool) -> list[tuple[Ten
             found[id(module.weight)] = (module.weight, isinstance(module, Conv1D))
     if not found:
         raise ValueError("`model` has no linear layer besides its embeddings: nothing to round.")
+    if others:
+        logger.warning(f"{others} weights of the model are in no linear layer and are not rounded.")
     return list(found.values())

@@ -32,13 +32,18 @@ class RelearningArguments:
     relearn_steps: int = field(default=50, metadata={"help": "Optimizer steps."})
     relearn_batch_size: int = field(default=4, metadata={"help": "Rows in a step."})
     relearn_learning_rate: float = field(default=1e-5, metadata={"help": "Constant."})
-    relearn_seed: int = field(default=0, metadata={"help": "Of the rows drawn, their order and dropout."})
+    relearn_lora_rank: int = field(
+        default=0, metadata={"help": "Trains LoRA adapters of this rank instead of all weights, to save memory."}
+    )
+    relearn_seed: int = field(default=0, metadata={"help": "Of the rows drawn, their order, dropout, adapters."})
     relearn_max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens."})
 
     def __post_init__(self):
         for name in ("relearn_rows", "relearn_steps", "relearn_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+        if self.relearn_lora_rank < 0:
+            raise ValueError(f"`relearn_lora_rank` must be at least 0, but it is {self.relearn_lora_rank}.")
         if not self.relearn_learning_rate > 0:
             raise ValueError(f"`relearn_learning_rate` must be more than 0, but it is {self.relearn_learning_rate}.")
         if self.relearn_draw not in (FIRST, DRAWN):
@@ -86,11 +91,11 @@ def relearned_weights(
         with relearned_weights(model, tokenizer, rows[:20], RelearningArguments()):
             rows = ask(model, ...)
 
-    Within, all weights are float32: with 16 bits, most of what a small learning rate adds to a weight is rounded away,
-    and the attack would seem to fail.
+    Within, all weights that are trained are float32: with 16 bits, most of what a small learning rate adds to a weight
+    is rounded away, and the attack would seem to fail.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Not sharded, not quantized; weights that need no gradient stay.
+        model ([`~transformers.PreTrainedModel`]): Not sharded; weights that need no gradient stay.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         rows ([`~datasets.Dataset`] or `list[dict]`): In a format of `soul_trainer.formats`; unrelated `text` too.
         arguments ([`RelearningArguments`]): How to train.
@@ -101,34 +106,68 @@ def relearned_weights(
         `Iterator[PreTrainedModel]`: The model itself, in evaluation mode.
 
     Raises:
-        ValueError: If no weight needs a gradient, the loss is not finite, or a row cannot be tokenized.
+        ValueError: If no weight needs a gradient and there is no `relearn_lora_rank`, the loss is not finite, or a row
+            cannot be tokenized.
     """
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise ValueError(
-            "`model` has no weight that needs a gradient: merge its adapter, or load it without quantizing."
-        )
     longest = longest_row(arguments.relearn_max_length, model, tokenizer)
     dataset = prepare(rows, tokenizer, longest, prompt_template, name="rows to relearn")
     items = dataset.select_columns(["input_ids", "labels"]).to_list()
+    modes = {module: module.training for module in model.modules()}
+    rank = arguments.relearn_lora_rank
+    try:
+        with _adapter(model, rank, arguments.relearn_seed) if rank else _own_weights(model):
+            with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.enable_grad():
+                torch.manual_seed(arguments.relearn_seed)
+                _train(model, items, UnlearnCollator.for_tokenizer(tokenizer), arguments, progress)
+            yield model.eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _own_weights(model: PreTrainedModel) -> Iterator[None]:
+    """All weights are float32 copies, and are put back."""
     weights = list(model.parameters())
+    if not any(weight.requires_grad for weight in weights):
+        raise ValueError(
+            "`model` has no weight that needs a gradient: set `relearn_lora_rank`, or load it without quantizing."
+        )
     gradients = [weight.grad for weight in weights]
     tensors = [*weights, *model.buffers()]
     kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    modes = {module: module.training for module in model.modules()}
     try:
         for weight in weights:
             weight.data, weight.grad = weight.data.float(), None
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.enable_grad():
-            torch.manual_seed(arguments.relearn_seed)
-            _train(model, items, UnlearnCollator.for_tokenizer(tokenizer), arguments, progress)
-        yield model.eval()
+        yield
     finally:
         for tensor, before in zip(tensors, kept):
             tensor.data = before.to(tensor.device)
         for weight, gradient in zip(weights, gradients):
             weight.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode
+
+
+@contextmanager
+def _adapter(model: PreTrainedModel, rank: int, seed: int) -> Iterator[None]:
+    """Linear layers have a LoRA adapter (Hu et al., 2021, arXiv 2106.09685) in float32, and lose it."""
+    from peft import LoraConfig, get_peft_model
+
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError("`model` has an adapter already: `merge_and_unload` it first.")
+    needed = {weight: weight.requires_grad for weight in model.parameters()}
+    # peft draws the first factor at random.
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, config)
+    try:
+        yield
+    finally:
+        adapted.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for weight, was_needed in needed.items():
+            weight.requires_grad_(was_needed)
 
 
 def _train(
