@@ -1,5 +1,6 @@
 """
 python -m soul_eval SUITE --model DIR --output DIR [--reference ROWS.jsonl]     tofu, muse, wmdp, copyright, detox
+python -m soul_eval attack --model DIR --target DIR --output DIR                does it stay forgotten?
 python -m soul_eval summarise ROWS.jsonl [--reference ROWS.jsonl] [--json]      figures of rows, without a model
 python -m soul_eval compare ROWS.jsonl ROWS.jsonl                               two models, by a paired test
 python -m soul_eval report NAME=ROWS.jsonl ... --output DIR                     a page with tables, figures and answers
@@ -18,12 +19,19 @@ from .statistics import Figure
 from .suites import SUITES
 
 
+ATTACK = "attack"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments and arguments[0] in SUITES:
             run_suite(arguments[0], arguments[1:])
+        elif arguments and arguments[0] == ATTACK:
+            from .attacks import command
+
+            command.main(arguments[1:])
         else:
             args = _parser().parse_args(arguments)
             args.command(args)
@@ -104,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m soul_eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(
-        required=True, metavar=f"{{{','.join([*SUITES, 'summarise', 'compare', 'report'])}}}"
+        required=True, metavar=f"{{{','.join([*SUITES, ATTACK, 'summarise', 'compare', 'report'])}}}"
     )
     summarise = commands.add_parser("summarise", help="figures of rows that are there already; needs no model")
     summarise.set_defaults(command=run_summarise)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from fictitious_authors import make_corpus
 from hub_layout import write_hub_layout
 from small_llama import SmallModelArguments
@@ -28,6 +28,7 @@ from soul_eval.models import load_model
 from soul_eval.scoring import longest_input
 from soul_eval.statistics import values
 from soul_eval.suites import tofu
+from soul_eval.suites.sources import load_split
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.formats import encode, render
 
@@ -111,7 +112,7 @@ def load(folder: Path, dataset: str | None, forget_split: str, model_name: str |
     splits = tofu.load_splits(dataset, forget_split)
     if model_name is None:
         names = ["full"] if forget_split != "forget" else ["retain"]
-        learnt = {"forget": splits["forget"], "retain": load_dataset(dataset, names[0])["train"]}
+        learnt = {"forget": splits["forget"], "retain": load_split(dataset, names[0])}
         learnt |= {"general": splits["world_facts"]}
         learnt = {name: rows.select_columns(["question", "answer"]) for name, rows in learnt.items()}
         model_name = small_models(learnt, folder, SmallModelArguments(finetune_epochs=4), seed=0)[0]

@@ -11,10 +11,12 @@ the same settings, is used again.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import concatenate_datasets, load_dataset
+from datasets import concatenate_datasets
 from small_llama import SmallModelArguments
 from small_models import train_small_model
 from transformers import AutoTokenizer, HfArgumentParser
+
+from soul_eval.suites.sources import load_split
 
 
 @dataclass
@@ -30,7 +32,7 @@ class FinetuneArguments:
 
 if __name__ == "__main__":
     run, small = HfArgumentParser((FinetuneArguments, SmallModelArguments)).parse_args_into_dataclasses()
-    parts = [load_dataset(run.dataset, config)["train"] for config in run.configs.split(",")]
+    parts = [load_split(run.dataset, config) for config in run.configs.split(",")]
     dataset = concatenate_datasets([part.select_columns(["question", "answer"]) for part in parts])
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     print(train_small_model(dataset, tokenizer, Path(run.model_dir), small.fitted(len(dataset)), run.seed))

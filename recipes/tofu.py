@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
 from fictitious_authors import make_corpus
 from hub_layout import write_hub_layout
 from presets import PUBLISHED, SMALL_MODEL
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from soul_eval.comparison import Comparison
 from soul_eval.suites import tofu
+from soul_eval.suites.sources import load_split
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.config import SOPHIA_NAMES
 
@@ -85,7 +86,7 @@ def load_rows(
     asked = tofu.load_splits(dataset, forget_split, held_out_rows=args.held_out_rows)
 
     def load(config: str) -> Dataset:
-        return load_dataset(dataset, config)["train"].select_columns(["question", "answer"])
+        return load_split(dataset, config).select_columns(["question", "answer"])
 
     retain = load(retain_split)
     retain = retain.select(range(min(args.max_retain_rows or len(retain), len(retain))))

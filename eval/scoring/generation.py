@@ -59,7 +59,7 @@ def generate_answers(
 
     Returns:
         `Iterator[tuple[int, str]]`: Places of this process's part of `examples`, each once, and answers without
-        special tokens and outer white space, as they are done.
+        special tokens, as they are done.
 
     Raises:
         ValueError: If an example has no prompt, or a prompt leaves no room within the model's limit.
@@ -79,7 +79,7 @@ def generate_answers(
     ):
         for batch, answers in run_batches(units, cache_budget(model, batch_size), run, engine):
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            yield from zip(batch, (text.strip() for text in texts))
+            yield from zip(batch, texts)
             bar.update(len(batch))
 
 
@@ -96,13 +96,13 @@ def greedy_answers(
     What the model answers. Arguments are those of [`generate_answers`].
 
     Returns:
-        `list[str]`: In the order of `examples`.
+        `list[str]`: In the order of `examples`, without outer white space.
     """
     answers = [""] * len(examples)
     for place, answer in generate_answers(
         model, tokenizer, examples, batch_size, max_new_tokens, description=description, progress=progress
     ):
-        answers[place] = answer
+        answers[place] = answer.strip()
     return answers
 
 

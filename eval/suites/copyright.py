@@ -20,8 +20,8 @@ from ..metrics.extraction_strength.formula import extraction_strength
 from ..rows import check_rows
 from ..statistics import Figure, mean_figure
 from .base import DETAILS, GENERATION, Part, Suite, column, match_rows
-from .loading import JSON_FILES, check_exists, load_split, spread
 from .membership import token_fields
+from .sources import JSON_FILES, check_exists, load_split, spread
 
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def parts(row: dict, arguments: CopyrightArguments) -> list[Part]:
         return {"answer_nll": own.nll, **token_fields(own)}
 
     def overlap(text: str) -> dict:
+        text = text.strip()
         return {"generation": text, **rouge_scores(row["answer"], text), "bleu": sentence_bleu(row["answer"], text)}
 
     asked = [{"prompt": row["prompt"], "completion": row["answer"]}]

@@ -15,7 +15,7 @@ from ..classification import FLUENCY_MODEL, TOXICITY_MODEL
 from ..rows import check_rows
 from ..statistics import Figure, mean_figure
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
-from .loading import load_split, spread
+from .sources import load_split, spread
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def parts(row: dict, arguments: DetoxArguments) -> list[Part]:
     else:
         answer = {"prompt": row["prompt"], "completion": f" {PLACEHOLDER}"}
     return [
-        Part("generation", [answer], lambda text: {"generation": text}, GENERATION, arguments.max_new_tokens),
+        Part("generation", [answer], lambda text: {"generation": text.strip()}, GENERATION, arguments.max_new_tokens),
     ]
 
 

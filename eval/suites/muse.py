@@ -111,7 +111,7 @@ def parts(row: dict, arguments: MuseArguments) -> list[Part]:
     prompt = [{"prompt": row["prompt"], "completion": row["end"]}]
 
     def overlap(text: str) -> dict:
-        text = before_stop(text) if row["split"] in KNOWMEM else text
+        text = (before_stop(text) if row["split"] in KNOWMEM else text).strip()
         return {"generation": text, **rouge_scores(row["answer"], text, use_stemmer=False)}
 
     if row["split"] in KNOWMEM:

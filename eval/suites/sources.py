@@ -1,9 +1,59 @@
-"""Rows of a dataset that may be on the hub, in a folder in the hub's layout, or plain JSON files. Imports no torch."""
+"""
+Rows that a user names: a dataset on the hub, a folder in the hub's layout, or JSON files. Imports nothing that only a
+model needs.
+"""
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+JSON_FILES = (".json", ".jsonl")
+
+
+def load_split(
+    dataset: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    columns: tuple[str, ...] = (),
+    name: str = "dataset",
+) -> "Dataset":
+    """
+    Loads one split of a dataset.
+
+    Args:
+        dataset (`str`): A JSON or JSON-lines file, a folder in the hub's layout, or a hub id.
+        config (`str`, *optional*): Configuration, for those that have several.
+        split (`str`, *optional*, defaults to `"train"`): Which rows; a file is one split, whatever this says.
+        revision (`str`, *optional*): Of a dataset on the hub.
+        columns (`tuple[str, ...]`, *optional*): Columns that must be there.
+        name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
+
+    Returns:
+        [`~datasets.Dataset`]
+
+    Raises:
+        ValueError: If there is no such file, configuration, split or column, or no row.
+    """
+    path = check_exists(dataset, name)
+    if path.suffix in JSON_FILES and path.is_file():
+        splits = _read("json", path.exists(), data_files=dataset)
+        split = "train"
+    else:
+        splits = _read(dataset, path.exists(), name=config, revision=revision)
+    if split not in splits:
+        raise ValueError(f"`{name}`={dataset!r} has no split {split!r}; it has {', '.join(splits)}.")
+    rows = splits[split]
+    if missing := sorted(set(columns).difference(rows.column_names)):
+        raise ValueError(f"`{name}`={dataset!r} lacks the columns {missing}; it has {rows.column_names}.")
+    if not len(rows):
+        raise ValueError(f"`{name}`={dataset!r} holds no rows.")
+    return rows
 
 
 def load_rows(
@@ -31,7 +81,7 @@ def load_rows(
     where = f"the split {split!r} of the configuration {config!r} of {dataset!r}"
     if items is None:
         try:
-            items = _hub_rows(dataset, config, split, revision)
+            items = load_split(dataset, config, split, revision)
         except ValueError as error:
             raise ValueError(f"`dataset`: cannot load {where}: {error}") from error
     rows = []
@@ -63,11 +113,27 @@ def _plain_rows(path: Path) -> list[dict] | None:
     return [{"text": item} if isinstance(item, str) else item for item in json.loads(content)]
 
 
-def _hub_rows(dataset: str, config: str, split: str, revision: str | None) -> list[dict]:
+def check_exists(source: str, name: str) -> Path:
+    """`source` as a path; a `ValueError` if it is not there and cannot be a hub id either."""
+    path = Path(source)
+    is_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if not path.exists() and (is_path or path.suffix in (".txt", *JSON_FILES)):
+        raise ValueError(f"`{name}`={source!r}: no such file or folder.")
+    return path
+
+
+def spread(num_rows: int, num_chosen: int | None) -> list[int]:
+    """So many places of a list, evenly spread and in order; all of them if there are no more, or for `None`."""
+    num_chosen = num_rows if num_chosen is None else min(num_chosen, num_rows)
+    return [place * num_rows // num_chosen for place in range(num_chosen)]
+
+
+def _read(source: str, is_local: bool, **arguments: str | None) -> "dict[str, Dataset]":
     from datasets import load_dataset
 
+    if not is_local:
+        return load_dataset(source, **arguments)
     # The library's cache tells folders apart by their names alone: it would give the rows of another folder, or those
     # that this one had before.
-    is_folder = Path(dataset).is_dir()
-    with TemporaryDirectory(ignore_cleanup_errors=True) if is_folder else nullcontext() as cache_dir:
-        return list(load_dataset(dataset, config, split=split, revision=revision, cache_dir=cache_dir))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as cache_dir:
+        return load_dataset(source, cache_dir=cache_dir, keep_in_memory=True, **arguments)

@@ -21,6 +21,7 @@ from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, 
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
+from .sources import load_split
 
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def load_splits(
     Raises:
         ValueError: If the dataset lacks a configuration or a split lacks a column.
     """
-    from datasets import get_dataset_config_names, load_dataset
+    from datasets import get_dataset_config_names
 
     if held_out_rows < 0:
         raise ValueError(f"`held_out_rows` must be at least 0, but it is {held_out_rows}.")
@@ -106,7 +107,7 @@ def load_splits(
                 f"`dataset`={dataset!r} has no configuration {config!r} for the split {split!r}; it has "
                 f"{', '.join(known)}. Name the rows to forget with `forget_split`."
             )
-        splits[split] = load_dataset(dataset, config, revision=revision)["train"]
+        splits[split] = load_split(dataset, config, revision=revision)
     if held_out_rows and "held_out" not in splits:
         retain = splits["retain"]
         if held_out_rows >= len(retain):
@@ -194,6 +195,7 @@ def parts(row: dict, arguments: TofuArguments) -> list[Part]:
     if arguments.generate:
 
         def overlap(text: str) -> dict:
+            text = text.strip()
             fields = {"generation": text, **rouge_scores(row["answer"], text)}
             return fields | ({} if paraphrased else {"mentions_answer": row["answer"].lower() in text.lower()})
 
@@ -202,7 +204,7 @@ def parts(row: dict, arguments: TofuArguments) -> list[Part]:
         paraphrase = [{"question": row["paraphrased_question"], "answer": row["answer"]}]
 
         def answer(text: str) -> dict:
-            return {"paraphrased_generation": text}
+            return {"paraphrased_generation": text.strip()}
 
         asked.append(Part("paraphrase", paraphrase, answer, GENERATION, arguments.max_new_tokens))
     if arguments.non_members and row["split"] == "forget":
@@ -301,8 +303,6 @@ def _forget_quality(forget_rows: list[dict], reference_rows: list[dict]) -> dict
 
 
 def _load(arguments: TofuArguments, tokenizer: "PreTrainedTokenizerBase") -> list[dict]:
-    from datasets import load_dataset
-
     splits = load_splits(
         arguments.dataset,
         arguments.forget_split,
@@ -310,9 +310,7 @@ def _load(arguments: TofuArguments, tokenizer: "PreTrainedTokenizerBase") -> lis
         revision=arguments.revision,
     )
     if arguments.non_members:
-        splits[NON_MEMBERS] = load_dataset(arguments.dataset, arguments.non_members, revision=arguments.revision)[
-            "train"
-        ]
+        splits[NON_MEMBERS] = load_split(arguments.dataset, arguments.non_members, revision=arguments.revision)
     return unscored_rows(splits)
 
 
