@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .extras import require
 from .metrics.embedding_accuracy.formula import embedding_hits
 
 
@@ -47,11 +48,9 @@ def embed(
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"Row {row} of `texts` must be a text, but it is {text!r}.")
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError("Embeddings need sentence_transformers: pip install soul-trainer[embedding]") from error
-    encoder = SentenceTransformer(model, device=None if device is None else str(device))
+    encoder = require("sentence_transformers", "embedding").SentenceTransformer(
+        model, device=None if device is None else str(device)
+    )
     # Without texts, one is embedded for the number of dimensions alone.
     places = {text: place for place, text in enumerate(dict.fromkeys(texts if len(texts) else [""]))}
     embeddings = encoder.encode(list(places), batch_size=batch_size, show_progress_bar=progress)

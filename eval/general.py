@@ -91,7 +91,7 @@ def general_ability(
         raise ValueError(f"`limit` must be at least 1, but it is {limit}.")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"`num_fewshot` must be at least 0, but it is {num_fewshot}.")
-    lm_eval = require("lm_eval")
+    lm_eval = require("lm_eval", "lm-eval")
     from soul_trainer.reference import eval_mode
 
     manager = _task_manager(include_path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class EvalArguments:
     general: str | None = field(
         default=None, metadata={"help": "lm-eval tasks or sets besides, by commas: soul, wikitext, mmlu, wmdp, ..."}
     )
+    include_path: str | None = field(default=None, metadata={"help": "Folder of lm-eval tasks of your own."})
     seed: int = field(default=0, metadata={"help": "Recorded with the rows."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model may run."})
     overwrite: bool = field(default=False, metadata={"help": "Replace other results in the output folder."})
@@ -174,7 +176,6 @@ def _general_ability(args: EvalArguments, model, tokenizer, engine: Engine | Non
         return {}
     from .general import general_ability
 
-    figures = general_ability(model, tokenizer, args.general.split(","), limit=args.limit)
-    if engine:
-        engine.gather([])
-    return {name: figure.to_json() for name, figure in figures.items()}
+    tasks = args.general.split(",")
+    figures = general_ability(model, tokenizer, tasks, args.limit, include_path=args.include_path)
+    return {re.sub(r"\W+", "_", name): figure.to_json() for name, figure in figures.items()}

@@ -152,7 +152,7 @@ def test_a_missing_library_is_named():
     """Catches an ImportError that leaves the reader to find out which of the extras it is."""
     code = "import sys; sys.modules['sentence_transformers'] = None; import soul_eval.embeddings as e; e.embed(['a'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "ImportError: Embeddings need sentence_transformers: pip install soul-trainer[embedding]" in done.stderr
+    assert "ImportError: This needs sentence_transformers: pip install soul-trainer[embedding]" in done.stderr
 
 
 def test_rows_are_judged_by_their_paraphrases(encoder):

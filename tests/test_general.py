@@ -11,8 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from subprocesses import TWO_PROCESSES, python, succeeded
 from test_eval_scoring import byte_tokenizer, small_llama
+from test_eval_tofu import write_dataset
 
+from soul_eval.__main__ import main
 from soul_eval.general import SOUL_TASKS, TASK_SETS, general_ability
+from soul_eval.rows import read_rows
 from soul_eval.tasks import TASKS_PATH
 from soul_trainer.formats import encode, render
 
@@ -235,7 +238,7 @@ def test_names_and_numbers_are_checked(folder, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="`include_path` must be a folder"):
         general_ability(model, tokenizer, ["toy_choice"], include_path=folder + "/none")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"needs lm_eval: pip install soul-trainer\[eval\]"):
+    with pytest.raises(ImportError, match=r"needs lm_eval: pip install soul-trainer\[lm-eval\]"):
         general_ability(model, tokenizer, ["toy_choice"], include_path=folder)
 
 
@@ -278,3 +281,18 @@ def test_every_process_gets_the_figures(folder, tokenizer, tmp_path):
     assert {name: entry["value"] for name, entry in first.items()} == pytest.approx(
         {name: figure.value for name, figure in expected.items()}, rel=ROUNDING
     )
+
+
+def test_a_suite_can_have_it_besides(folder, tokenizer, tmp_path):
+    """Catches figures that go to the screen alone, and rows whose figures cannot be made again without the model."""
+    model = small_llama()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["tofu", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += ["--dataset", write_dataset(tmp_path / "data"), "--forget_split", "forget_small", "--no_generate"]
+    assert main([*arguments, "--limit", "2", "--general", "toy_choice", "--include_path", folder]) == 0
+    expected = general_ability(model, tokenizer, ["toy_choice"], limit=2, include_path=folder, progress=False)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["toy_choice_acc"] == pytest.approx(expected["toy_choice/acc"].to_json(), abs=1e-6)
+    header, _ = read_rows(tmp_path / "out" / "rows.jsonl")
+    assert header["general"]["toy_choice_acc"] == summary["toy_choice_acc"]
