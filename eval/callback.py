@@ -32,7 +32,7 @@ class EvalCallback(TrainerCallback):
         trainer ([`~transformers.Trainer`]): Any, such as [`~soul_trainer.UnlearnTrainer`].
         suite (`str`, *optional*, defaults to `"tofu"`): Name of a suite.
         rows (`list[dict]`, *optional*): Rows to ask; by default the suite's, as `settings` name them.
-        reference_rows (`list[dict]`, *optional*): Of the gold model.
+        reference_rows (`list[dict]`, *optional*): Of the gold model; those that are not asked here are left out.
         limit (`int`, *optional*): Asks the first rows of each split only.
         name (`str`, *optional*): Of this subset in the log; by default the suite's.
         batch_size (`int` or `str`, *optional*, defaults to `"auto"`): Tokens in a batch, padding included.
@@ -71,7 +71,9 @@ class EvalCallback(TrainerCallback):
         loaded = self.suite.load(self.arguments, trainer.processing_class) if rows is None else rows
         self.rows = self._asked = [row for row in loaded if limit is None or row["index"] < limit]
         if reference_rows is not None and self.suite.check_reference:
-            self.suite.check_reference(self._asked, reference_rows)
+            asked = {(row["split"], row["index"]) for row in self._asked}
+            self.reference_rows = [row for row in reference_rows if (row["split"], row["index"]) in asked]
+            self.suite.check_reference(self._asked, self.reference_rows)
         self.step: int | None = None
         self.first_step = 0
         self.seconds = 0.0

@@ -97,6 +97,11 @@ COLUMNS = (
         is_main=True,
     ),
     _forget(
+        *("forget_truth_share", "forget", "truth share", "lower"),
+        "What a true answer to forget has of its probability and a false one's together: 0.5 where it has no more.",
+        "gives a forgotten truth {} of the probability",
+    ),
+    _forget(
         *("ks_statistic", "KS", "distance", "lower"),
         "Largest distance between the distributions of the truth ratios, the model's and the gold model's: 0 where "
         "they are the same, 1 where they do not meet. The forget quality is its p-value.",
@@ -107,6 +112,11 @@ COLUMNS = (
         *("forget_rouge*_recall", "forget", "ROUGE-*", "lower"),
         "Share of an answer to forget that the model's own answer holds.",
         "still says {} of a forgotten answer",
+    ),
+    _forget(
+        *("forget_rouge*_f1", "forget", "ROUGE-* F1", "lower"),
+        "How much an answer to forget and the model's own answer have in common; more words do not make it more.",
+        "agrees by {} with a forgotten answer",
     ),
     _forget(
         *("forget_*accuracy", "forget", "* acc.", "lower"),
@@ -183,6 +193,21 @@ COLUMNS = (
         *("*_truth_ratio", "*", "truth r.", "higher"),
         "0 where a true answer is no more probable than false ones that are worded like it; 1 where it is far more.",
         "has a truth ratio of {}",
+    ),
+    _keep(
+        *("*_truth_share", "*", "truth share", "higher"),
+        "What a true answer has of its probability and a false one's together: 0.5 where it has no more.",
+        "gives a truth {} of the probability",
+    ),
+    _keep(
+        *("*_rougeL_f1", "*", "ROUGE-L F1", "higher"),
+        "How much a true answer and the model's own have in common, in order.",
+        "agrees by {} with a true answer",
+    ),
+    _keep(
+        *("*_rouge1_f1", "*", "ROUGE-1 F1", "higher"),
+        "How many words a true answer and the model's own have in common.",
+        "agrees by {} with a true answer",
     ),
     _keep(
         *("*_embedding_accuracy", "*", "embedding acc.", "higher"),
@@ -315,6 +340,16 @@ COLUMNS = (
         *("*perplexity", "*", "perplexity", "lower"),
         "Among how many words the model hesitates, in the mean.",
         "has a perplexity of {}",
+    ),
+    _general(
+        *("*bits_per_byte", "*", "bits per byte", "lower"),
+        "How many bits a byte of text takes under the model.",
+        "takes {} bits a byte",
+    ),
+    _general(
+        *("*_exact_match", "*", "exact match", "higher"),
+        "Share of answers that are word for word the expected ones.",
+        "answers {} exactly",
     ),
     _general(
         *("*_acc", "*", "accuracy", "higher"),

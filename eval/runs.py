@@ -14,7 +14,9 @@ ROLES = ("unlearned", "target", "gold")
 ROLE_COLOURS = {"target": "#767676", "gold": "#E69F00"}
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 # Figures that are means over the rows of a split.
-_OF_SPLIT = re.compile("(.+)_(?:probability|rougeL_recall|truth_ratio|rougeL|accuracy)")
+_OF_SPLIT = re.compile(
+    "(.+?)_(?:probability|truth_ratio|truth_share|rouge[L1](?:_recall|_f1)?|(?:embedding_|mention_)?accuracy)"
+)
 # What the settings hold besides settings.
 MEASURED_SETTINGS = ("seconds_per_step",)
 

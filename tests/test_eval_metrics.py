@@ -47,7 +47,7 @@ def official(rows, gold):
     figures = {}
     for split in SPLITS:
         own = [row for row in rows if row["split"] == split]
-        probability, ratio_score = 0.0, 0.0
+        probability, ratio_score, share = 0.0, 0.0, 0.0
         for row in own:
             true = math.exp(-row["answer_nll"])
             if split in ("real_authors", "world_facts"):
@@ -56,9 +56,11 @@ def official(rows, gold):
             inverse = math.exp(sum(row["perturbed_nll"]) / len(row["perturbed_nll"]) - row["paraphrased_nll"])
             score = min(inverse, 1 / inverse) if split == "forget" else max(0.0, 1 - 1 / inverse)
             ratio_score += score / len(own)
+            share += inverse / (inverse + 1) / len(own)
         figures[f"{split}_probability"] = probability
         figures[f"{split}_rougeL_recall"] = sum(row["rougeL_recall"] for row in own) / len(own)
         figures[f"{split}_truth_ratio"] = ratio_score
+        figures[f"{split}_truth_share"] = share
     nine = [
         figures[f"{split}_{name}"]
         for split in ("retain", "real_authors", "world_facts")
@@ -141,6 +143,7 @@ print(json.dumps(results))
     assert plain == {"answer_probability": pytest.approx((1 + math.exp(-2)) / 2)}
     assert normalised == {"answer_probability": pytest.approx(0.25)}
     assert ratio["truth_ratios"] == pytest.approx([math.exp(-1), math.e])
+    assert ratio["truth_share"] == pytest.approx((1 / (1 + math.exp(-1)) + 1 / (1 + math.e)) / 2)
     assert ratio["truth_ratio"] == pytest.approx((1 - math.exp(-1)) / 2)
     assert utility == {"model_utility": pytest.approx(stats.hmean([0.5] * 8 + [0.25]))}
     assert is_described

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..metrics.answer_probability.formula import answer_probabilities, normalised_answer_probabilities
+from ..metrics.exact_memorization.formula import exact_memorization
+from ..metrics.extraction_strength.formula import extraction_strength
 from ..metrics.forget_quality.formula import forget_quality, p_value_of
 from ..metrics.model_utility.formula import model_utility
 from ..metrics.rouge_overlap.formula import rouge_scores
-from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores, truth_ratios
+from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores, truth_ratios, truth_shares
 from ..rows import check_rows
 from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, resampled_means
-from .base import GENERATION, Part, Suite, by_split, column, match_rows
+from .base import DETAILS, GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
 from .sources import load_split
@@ -36,6 +38,7 @@ SPLITS = ("forget", "retain", "held_out", "real_authors", "world_facts")
 OPTION_SPLITS = ("real_authors", "world_facts")
 UTILITY_SPLITS = ("retain", "real_authors", "world_facts")
 FIGURES = ("probability", "rougeL_recall", "truth_ratio")
+ROUGE = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "rouge1_f1")
 # Asked for their likelihood alone: rows of the same kind that no model was trained on.
 NON_MEMBERS = "non_members"
 
@@ -191,7 +194,13 @@ def parts(row: dict, arguments: TofuArguments) -> list[Part]:
             "perturbed_nll": others[len(paraphrased) :],
         }
 
+    def hits(scores: list) -> dict:
+        # Without the end of sequence, which says nothing of the answer.
+        return {"answer_hits": [int(hit) for hit in scores[0].hits[:-1]]}
+
     asked = [Part("losses", with_answers(row["answer"], *paraphrased, *row["perturbed_answer"]), nlls)]
+    if row["split"] == "forget":
+        asked.append(Part("memorization", with_answers(row["answer"]), hits, DETAILS))
     if arguments.generate:
 
         def overlap(text: str) -> dict:
@@ -222,8 +231,9 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
 
     Returns:
         `dict[str, Figure]`: `model_utility`; `forget_quality` and `ks_statistic` if there are `reference_rows`; and
-        for each split `<split>_probability`, `<split>_rougeL_recall` and `<split>_truth_ratio`. A figure whose rows or
-        columns are missing is left out.
+        for each split `<split>_probability`, `<split>_truth_ratio`, `<split>_truth_share` and ROUGE; and
+        `exact_memorization` and `extraction_strength` of the forget rows. A figure whose rows or columns are missing
+        is left out.
 
     Raises:
         ValueError: If a number is missing or not finite, or `reference_rows` are not of the same forget rows.
@@ -236,6 +246,10 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
         for name, row_values in _row_values(split, split_rows[split]).items()
     }
     figures = {name: mean_figure(row_values, name.partition("_")[0]) for name, row_values in values.items()}
+    hits = [[bool(hit) for hit in row] for row in column(split_rows["forget"], "answer_hits") or []]
+    if hits:
+        for name, metric in (("exact_memorization", exact_memorization), ("extraction_strength", extraction_strength)):
+            figures[name] = mean_figure(metric(hits), "forget")
     summary = _utility(values) | figures
     if reference_rows is not None and split_rows["forget"]:
         summary = _forget_quality(split_rows["forget"], reference_rows) | summary
@@ -253,19 +267,18 @@ def _row_values(split: str, rows: list[dict]) -> dict[str, np.ndarray]:
     """The values of a split's figures, one a row."""
     if split in OPTION_SPLITS:
         rows = [{"paraphrased_nll": row.get("answer_nll"), **_present(row)} for row in rows]
-    keys = ("answer_nll", "paraphrased_nll", "perturbed_nll", "rougeL_recall")
-    answer, paraphrased, perturbed, rouge = (column(rows, key) for key in keys)
+    answer, paraphrased, perturbed = (column(rows, f"{name}_nll") for name in ("answer", "paraphrased", "perturbed"))
     found = {}
     if answer and split not in OPTION_SPLITS:
         found["probability"] = answer_probabilities(answer)
     elif answer and perturbed:
         found["probability"] = normalised_answer_probabilities(answer, perturbed)
-    if rouge:
-        found["rougeL_recall"] = np.asarray(rouge)
     if paraphrased and perturbed:
-        side = "forget" if split == "forget" else "retain"
-        found["truth_ratio"] = truth_ratio_scores(log_truth_ratios(paraphrased, perturbed), side)
-    return found
+        log_ratios = log_truth_ratios(paraphrased, perturbed)
+        found["truth_ratio"] = truth_ratio_scores(log_ratios, "forget" if split == "forget" else "retain")
+        found["truth_share"] = truth_shares(log_ratios)
+    overlaps = {name: column(rows, name) for name in ROUGE}
+    return found | {name: np.asarray(scores) for name, scores in overlaps.items() if scores}
 
 
 def _present(row: dict) -> dict:

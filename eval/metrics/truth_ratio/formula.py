@@ -55,6 +55,21 @@ def truth_ratio_scores(log_ratios: np.ndarray, side: str) -> np.ndarray:
     return np.exp(-np.abs(log_ratios)) if side == "forget" else -np.expm1(np.minimum(log_ratios, 0))
 
 
+def truth_shares(log_ratios: np.ndarray) -> np.ndarray:
+    """
+    What the true answer has of the probability of both, `true / (true + false) = 1 / (1 + R)`, which OpenUnlearning
+    offers beside the score.
+
+    Args:
+        log_ratios (`np.ndarray` of shape `(rows,)`): From [`log_truth_ratios`].
+
+    Returns:
+        `np.ndarray` of shape `(rows,)`: In [0, 1]; 0.5 where true and false answers are as probable.
+    """
+    # exp(-log(1 + e^x)) overflows nowhere.
+    return np.exp(-np.logaddexp(0, log_ratios))
+
+
 def truth_ratio_score(log_ratios: np.ndarray, side: str) -> float:
     """The mean of [`truth_ratio_scores`]."""
     return float(truth_ratio_scores(log_ratios, side).mean())

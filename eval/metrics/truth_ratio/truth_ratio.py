@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from .formula import log_truth_ratios, truth_ratio_score, truth_ratios
+from .formula import log_truth_ratios, truth_ratio_score, truth_ratios, truth_shares
 
 
 _DESCRIPTION = """\
@@ -12,6 +12,7 @@ mean(perturbed_nll))`, the geometric mean of the false answers' probabilities ov
 the answer has R well below 1; one that never saw it has R near 1. Unlike a probability, R does not fall just because
 a model has become unable to say anything.
 Its score is `mean(min(R, 1 / R))` on the forget side and `mean(max(0, 1 - R))` on the retain side.
+The share is `mean(1 / (1 + R))`, which is true / (true + false) on either side.
 Range: R in (0, infinity), scores in [0, 1]. Higher scores are better; on the forget side a gold model's score is the
 goal.
 """
@@ -32,10 +33,11 @@ Args:
 Returns:
     `truth_ratios` (`list[float]`): One a row.
     `truth_ratio` (`float`): The score.
+    `truth_share` (`float`): Mean of `true / (true + false)`, which is `1 / (1 + R)`.
 Examples:
     >>> metric = evaluate.load("eval/metrics/truth_ratio")
     >>> metric.compute(predictions=[1.0, 2.0], references=[[1.0, 1.0], [1.0, 3.0]])
-    {'truth_ratios': [1.0, 1.0], 'truth_ratio': 1.0}
+    {'truth_ratios': [1.0, 1.0], 'truth_ratio': 1.0, 'truth_share': 0.5}
 """
 
 
@@ -59,5 +61,9 @@ class TruthRatio(evaluate.Metric):
     def _compute(
         self, predictions: list[float], references: list[list[float]], side: str = "forget"
     ) -> dict[str, list[float] | float]:
-        score = truth_ratio_score(log_truth_ratios(predictions, references), side)
-        return {"truth_ratios": truth_ratios(predictions, references).tolist(), "truth_ratio": score}
+        log_ratios = log_truth_ratios(predictions, references)
+        return {
+            "truth_ratios": truth_ratios(predictions, references).tolist(),
+            "truth_ratio": truth_ratio_score(log_ratios, side),
+            "truth_share": float(truth_shares(log_ratios).mean()),
+        }
