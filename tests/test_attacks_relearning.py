@@ -140,7 +140,7 @@ def test_an_adapter_learns_and_leaves_nothing_behind():
             assert len(trained) == 14 and all("lora" in name for name in trained), "two factors of seven layers"
             assert {weight.dtype for weight in trained.values()} == {torch.float32}
             gains.append(probability(model, FORGET[:2]) - before)
-    assert gains[0] == gains[1] > 0.2
+    assert gains[0] == gains[1] > 0.2 and not hasattr(model, "peft_config")
     assert weights_digest(model) == digest and dict(model.named_modules()) == modules
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["lm_head.weight"]
     model.requires_grad_(False)
@@ -148,6 +148,18 @@ def test_an_adapter_learns_and_leaves_nothing_behind():
         assert probability(model, FORGET[:2]) > before + 0.2
     with pytest.raises(ValueError, match="`relearn_lora_rank` must be at least 0, but it is -1"):
         RelearningArguments(relearn_lora_rank=-1)
+
+
+def test_dropout_is_on_in_training_and_off_afterwards():
+    """Catches an attacker who trains in evaluation mode, and a model that answers at random."""
+    plain = small_llama(max_position_embeddings=512)
+    dropping = small_llama(max_position_embeddings=512, attention_dropout=0.5, attn_implementation="eager")
+    digests = set()
+    for model in (plain, dropping):
+        with relearned(model, FORGET[:2], relearn_steps=2):
+            digests.add(weights_digest(model))
+            assert probability(model, FORGET[:2]) == probability(model, FORGET[:2])
+    assert len(digests) == 2 and weights_digest(plain) == weights_digest(dropping)
 
 
 def test_small_steps_are_not_rounded_away():
