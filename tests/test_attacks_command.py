@@ -141,7 +141,7 @@ def test_shares_are_of_the_right_models(folders, dataset, tmp_path):
             if recovery.share:
                 assert recovery.share.value == pytest.approx((after - before) / (most - before), abs=1e-5)
             else:
-                assert name == "paraphrase" and "not in every resample" in recovery.reason
+                assert name == "paraphrase" and "not ahead in every resample" in recovery.reason
     assert found["relearning"]["unlearned"]["probability"].share.num_rows == 6
     assert found["relearning"]["unlearned"]["probability"].share.value > 0.2
     # A gold model knows of the rows that it was not trained on nothing that could come back.
@@ -287,5 +287,5 @@ def test_a_table_says_why_there_is_no_share():
     assert lines[0].split() == ["attack", "figure", "before", "after", "target", "recovered", "gold", "model"]
     assert lines[1].split() == "quantization_4 probability 0.200 0.300 0.700 0.20 [0.20, 0.20] -".split()
     assert lines[2].split() == "quantization_4 rougeL_recall 0.200 0.200 0.200 - 0.20 [0.20, 0.20]".split()
-    assert lines[-1].startswith("quantization_4, rougeL_recall: no share, because the target is ahead")
+    assert lines[-1].startswith("quantization_4, rougeL_recall: no share, because the target has 0.2 and")
     assert list(recovered_figures(found)) == ["recovered_quantization_4_probability"]

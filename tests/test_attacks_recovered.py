@@ -38,13 +38,13 @@ def test_a_resample_draws_the_same_rows_of_all_models():
 
 def test_nothing_forgotten_gives_no_share_but_a_reason():
     """Catches a quotient by nearly nothing, an infinite or negative share where the target knows no more, silence."""
-    for target, reason in (([0.2, 0.2], "less than 0.01"), ([0.1, 0.1], "by -0.1, less than 0.01")):
+    for target, reason in (([0.2, 0.2], "0.2, which leaves less than 0.01"), ([0.1, 0.1], "target has 0.1 and")):
         found = share_recovered([0.9, 0.9], [0.2, 0.2], target)
         assert found.share is None and reason in found.reason and found.attacked.value == pytest.approx(0.9)
         entry = json.loads(json.dumps(found.to_json(), allow_nan=False))
         assert entry["share"] is None and entry["reason"] == found.reason and entry["target"]["num_rows"] == 2
     noisy = share_recovered([0.5] * 4, [0.5, 0.5, 0.5, 0.5], [0.9, 0.2, 0.8, 0.3])
-    assert noisy.share is None and "not in every resample" in noisy.reason
+    assert noisy.share is None and "not ahead in every resample" in noisy.reason
     alone = share_recovered([0.3], [0.2], [0.4]).share
     assert alone == Figure(pytest.approx(0.5), 1)
 

@@ -157,13 +157,8 @@ def _questions(args: AttackArguments, own: TofuArguments) -> Questions:
     wanted = args.splits.split(",")
     if missing := [split for split in wanted if split not in splits]:
         raise ValueError(f"--splits {args.splits}: {missing[0]!r} is none of {[s for s in SPLITS if s in splits]}.")
-    rows = []
-    for split in wanted:
-        questions = splits[split].to_list()
-        for row in unscored_rows({split: splits[split]}):
-            if args.limit is None or row["index"] < args.limit:
-                other = questions[row["index"]].get("paraphrased_question")
-                rows.append(row if other is None else {**row, "paraphrased_question": other})
+    rows = unscored_rows({split: splits[split] for split in wanted})
+    rows = [row for row in rows if args.limit is None or row["index"] < args.limit]
     shots = []
     if any(name.endswith("few_shot") for name in args.names):
         retain = splits["retain"].select_columns(["question", "answer"]).to_list()

@@ -205,7 +205,7 @@ def ask_rest(
     if generate:
         texts = generate_answers(model, tokenizer, examples, batch_size, max_new_tokens, progress=progress)
         for place, text in texts:
-            asked[place] |= {"generation": text, **rouge_scores(asked[place]["rest"], text)}
+            asked[place] |= {"generation": text.strip(), **rouge_scores(asked[place]["rest"], text)}
     return asked
 
 

@@ -86,15 +86,12 @@ def share_recovered(
     figures = {name: mean_figure(values, sample) for name, values in groups.items()}
     gained, lost = (groups[name] - groups["unlearned"] for name in ("attacked", "target"))
     forgotten = lost.mean()
+    means = f"the target has {figures['target'].value:.3g} and the unlearned model {figures['unlearned'].value:.3g}"
     if forgotten < least_forgotten:
-        reason = f"the target is ahead of the unlearned model by {forgotten:.3g}, less than {least_forgotten:g}"
-        return Recovery(**figures, reason=reason)
+        return Recovery(**figures, reason=f"{means}, which leaves less than {least_forgotten:g} to recover")
     resampled_lost = resampled_means(lost, sample)
     if resampled_lost.min() <= 0:
-        reason = (
-            f"the target is ahead of the unlearned model by {forgotten:.3g}, but not in every resample of the rows"
-        )
-        return Recovery(**figures, reason=reason)
+        return Recovery(**figures, reason=f"{means}, but it is not ahead in every resample of the rows")
     shares = resampled_means(gained, sample) / resampled_lost
     return Recovery(**figures, share=interval_figure(float(gained.mean() / forgotten), len(gained), shares))
 
