@@ -28,7 +28,6 @@ from soul_eval.models import load_model
 from soul_eval.scoring import longest_input
 from soul_eval.statistics import values
 from soul_eval.suites import tofu
-from soul_eval.suites.sources import load_split
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.formats import encode, render
 
@@ -111,11 +110,8 @@ def load(folder: Path, dataset: str | None, forget_split: str, model_name: str |
         write_hub_layout(make_corpus(), dataset)
     splits = tofu.load_splits(dataset, forget_split)
     if model_name is None:
-        names = ["full"] if forget_split != "forget" else ["retain"]
-        learnt = {"forget": splits["forget"], "retain": load_split(dataset, names[0])}
-        learnt |= {"general": splits["world_facts"]}
-        learnt = {name: rows.select_columns(["question", "answer"]) for name, rows in learnt.items()}
-        model_name = small_models(learnt, folder, SmallModelArguments(finetune_epochs=4), seed=0)[0]
+        learnt = {split: rows.select_columns(["question", "answer"]) for split, rows in splits.items()}
+        model_name = small_models(learnt, folder, SmallModelArguments(finetune_epochs=8), seed=0)[0]
     return (load_model(model_name), AutoTokenizer.from_pretrained(model_name)), splits
 
 
