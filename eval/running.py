@@ -85,7 +85,7 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
     header = _header(suite, args, own, model, rows)
     path = Path(args.output) / "rows.jsonl"
     is_main = engine is None or engine.process_index == 0
-    finished = _finished(path, header, args.overwrite, is_main)
+    finished = finished_rows(path, header, args.overwrite, is_main)
     if engine:
         engine.gather([])  # what the first process has moved away must be gone for all
     if finished:
@@ -125,6 +125,50 @@ def questions_digest(rows: list[dict]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
+def finished_rows(path: Path, header: dict, overwrite: bool, is_main: bool = True) -> tuple[dict, list[dict]] | None:
+    """
+    Header and rows that are there already, of the same model, questions and settings.
+
+    Args:
+        path (`Path`): The rows' file to be.
+        header (`dict`): Of what is to be evaluated.
+        overwrite (`bool`): Whether what is there is of no interest.
+        is_main (`bool`, *optional*, defaults to `True`): Whether this process moves files and speaks.
+
+    Returns:
+        `tuple[dict, list[dict]]`: `None` if there are none. Rows of other weights are moved out of the way first.
+
+    Raises:
+        ValueError: If the file holds rows of other questions or settings, and `overwrite` is not set.
+    """
+    if not path.exists():
+        return None
+    found, rows = read_rows(path)
+    now = json.loads(json.dumps(header))
+    differing = [key for key in IDENTITY if found.get(key) != now[key]]
+    if not differing and not overwrite:
+        if is_main:
+            logger.warning(f"{path} holds all rows of these weights already.")
+        return found, rows
+    if overwrite:
+        if is_main:
+            path.unlink()
+    elif differing == ["weights"]:
+        kept = path.with_name(f"rows.{str(found['weights'])[:12]}.jsonl")
+        if is_main:
+            os.replace(path, kept)
+            logger.warning(
+                f"The weights of {header['model']} have changed since {path} was written: it starts anew. The rows of "
+                f"the former weights are in {kept.name} now."
+            )
+    else:
+        raise ValueError(
+            f"{path.parent} holds results of another {' and '.join(differing)}: add --overwrite, or choose another "
+            "folder."
+        )
+    return None
+
+
 def _engine(args: EvalArguments) -> Engine | None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
@@ -139,36 +183,6 @@ def _header(suite: Suite, args: EvalArguments, own: Any, model, rows: list[dict]
     hashes = {"weights": weights_digest(model), "questions": questions_digest(rows)}
     header = make_header(args.model, settings, args.seed, suite.name, **hashes)
     return {**header, "device": str(model.device), "batch_size": args.batch_size}
-
-
-def _finished(path: Path, header: dict, overwrite: bool, is_main: bool) -> tuple[dict, list[dict]] | None:
-    """Finished rows of the same model and settings; others are moved out of the way, or refused."""
-    if not path.exists():
-        return None
-    found, rows = read_rows(path)
-    now = json.loads(json.dumps(header))
-    differing = [key for key in IDENTITY if found.get(key) != now[key]]
-    if not differing and not overwrite:
-        if is_main:
-            logger.warning(f"{path} holds all rows of these weights already.")
-        return found, rows
-    if differing == ["weights"] and not overwrite:
-        kept = path.with_name(f"rows.{str(found['weights'])[:12]}.jsonl")
-        if is_main:
-            os.replace(path, kept)
-            logger.warning(
-                f"The weights of {header['model']} have changed since {path} was written: it starts anew. The rows of "
-                f"the former weights are in {kept.name} now."
-            )
-        return None
-    if not overwrite:
-        raise ValueError(
-            f"--output {path.parent} holds results of another {' and '.join(differing)}: add --overwrite, or choose "
-            "another folder."
-        )
-    if is_main:
-        path.unlink()
-    return None
 
 
 def _general_ability(args: EvalArguments, model, tokenizer, engine: Engine | None) -> dict[str, dict]:

@@ -105,22 +105,37 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     Raises:
         ValueError: If no answer token is left after the cut.
     """
-    special = not example.is_chat
-    if special and tokenizer.eos_token_id is None:
+    return encode_all(tokenizer, [example], max_length)[0]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int | None = None
+) -> list[dict]:
+    """[`encode`] of many examples: a prompt that several share is tokenized once."""
+    if tokenizer.eos_token_id is None and not all(example.is_chat for example in examples):
         raise ValueError("the tokenizer has no `eos_token`, which ends an answer: set one.")
-    ids = tokenizer(example.prompt + example.answer, add_special_tokens=special)["input_ids"]
-    prompt_ids = tokenizer(example.prompt, add_special_tokens=special)["input_ids"] if example.prompt else []
-    if special and ids[-1] != tokenizer.eos_token_id:
-        ids = ids + [tokenizer.eos_token_id]
-    num_prompt = len(os.path.commonprefix([prompt_ids, ids]))
-    ids = ids[:max_length]
-    # The first token has nothing before it to be predicted from.
-    if len(ids) <= max(num_prompt, 1):
-        raise ValueError(
-            f"no answer token is left within `max_length`={max_length}: the prompt takes {num_prompt} tokens. Raise "
-            f"`max_length` or shorten the prompt, which begins {example.prompt[:60]!r}."
-        )
-    return {"input_ids": ids, "labels": [IGNORE_INDEX] * num_prompt + ids[num_prompt:]}
+    ids_of: dict[tuple[str, bool], list[int]] = {}
+    for is_chat in {example.is_chat for example in examples}:
+        alike = [example for example in examples if example.is_chat == is_chat]
+        texts = list({text: None for each in alike for text in (each.prompt + each.answer, each.prompt) if text})
+        found = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"] if texts else []
+        ids_of |= {(text, is_chat): ids for text, ids in zip(texts, found)}
+    rows = []
+    for example in examples:
+        ids = ids_of[example.prompt + example.answer, example.is_chat]
+        prompt_ids = ids_of[example.prompt, example.is_chat] if example.prompt else []
+        if not example.is_chat and ids[-1] != tokenizer.eos_token_id:
+            ids = ids + [tokenizer.eos_token_id]
+        num_prompt = len(os.path.commonprefix([prompt_ids, ids]))
+        ids = ids[:max_length]
+        # The first token has nothing before it to be predicted from.
+        if len(ids) <= max(num_prompt, 1):
+            raise ValueError(
+                f"no answer token is left within `max_length`={max_length}: the prompt takes {num_prompt} tokens. "
+                f"Raise `max_length` or shorten the prompt, which begins {example.prompt[:60]!r}."
+            )
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * num_prompt + ids[num_prompt:]})
+    return rows
 
 
 def longest_row(max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -47,6 +47,26 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor, label_smoothing
 
 
 @torch.no_grad()
+def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probability of each target token, and whether it is the most probable one. Arguments are those of
+    [`token_log_probs`].
+
+    Returns:
+        `tuple[torch.FloatTensor, torch.BoolTensor]` of shape `(rows, tokens)`: Zero where `targets` is `IGNORE_INDEX`.
+    """
+    _check_positions(logits, targets)
+    flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
+    log_probs = logits.new_zeros(flat_targets.shape, dtype=torch.float32)
+    hits = torch.zeros_like(flat_targets, dtype=torch.bool)
+    for chunk in _answer_chunks(targets):
+        scores, labels = flat_logits[chunk].float(), flat_targets[chunk]
+        log_probs[chunk] = scores.gather(1, labels[:, None]).squeeze(1) - scores.logsumexp(1)
+        hits[chunk] = scores.argmax(1) == labels
+    return log_probs.view_as(targets), hits.view_as(targets)
+
+
+@torch.no_grad()
 def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     What membership inference asks of each target token. Arguments are those of [`token_log_probs`].

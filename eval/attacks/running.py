@@ -1,7 +1,5 @@
 """Asks models under attacks: one `rows.jsonl` a model and attack, none of them made twice."""
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,7 +12,7 @@ from transformers.utils import logging
 from ..evaluation import ask
 from ..models import load_model, load_tokenizer, weights_digest
 from ..rows import make_header, read_rows, write_rows
-from ..running import IDENTITY, questions_digest
+from ..running import finished_rows, questions_digest
 from ..suites.base import Part, Suite
 from .prompting import ask_rest, attacked_parts, transforms
 from .quantization import load_quantized, rounded_weights
@@ -145,9 +143,9 @@ class Attacker:
         # All are looked at before the first is asked: a folder that is refused must not be found out after hours.
         for attack in attacks:
             headers[attack] = self._header(attack, name, weights, model, tokenizer)
-            rows = _finished(folder_of(attack) / "rows.jsonl", headers[attack], args.overwrite)
-            if rows is not None:
-                found[attack] = rows
+            finished = finished_rows(folder_of(attack) / "rows.jsonl", headers[attack], args.overwrite)
+            if finished:
+                found[attack] = finished[1]
         for attack in attacks:
             if attack not in found:
                 path = folder_of(attack) / "rows.jsonl"
@@ -227,26 +225,3 @@ class Attacker:
             return attacked_parts(parts, transform, row) if transform else parts
 
         return parts_of
-
-
-def _finished(path: Path, header: dict, overwrite: bool) -> list[dict] | None:
-    """Finished rows of the same model and settings; others are moved out of the way, or refused."""
-    if not path.exists():
-        return None
-    found, rows = read_rows(path)
-    now = json.loads(json.dumps(header))
-    differing = [key for key in IDENTITY if found.get(key) != now[key]]
-    if not differing and not overwrite:
-        logger.warning(f"{path} holds all rows of these weights already.")
-        return rows
-    if overwrite:
-        path.unlink()
-    elif differing == ["weights"]:
-        kept = path.with_name(f"rows.{str(found['weights'])[:12]}.jsonl")
-        os.replace(path, kept)
-        logger.warning(f"The weights of {header['model']} have changed since {path} was written: it starts anew.")
-    else:
-        raise ValueError(
-            f"{path} holds results of another {' and '.join(differing)}: add --overwrite, or choose another folder."
-        )
-    return None

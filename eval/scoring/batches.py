@@ -1,7 +1,7 @@
 """Rows in batches that hold so many tokens, padding included, and the forwards that sharded processes do together."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -69,6 +69,11 @@ def token_batches(units: list[Unit], budget: int, engine: Engine | None = None) 
         yield [each.index for each in batch]
 
 
+def shortest(units: list[Unit]) -> list[int]:
+    """A batch of the shortest unit, which every process knows of."""
+    return [min(units, key=lambda unit: unit.prefix + unit.suffix).index] if units else []
+
+
 def check_batch_size(batch_size: int | str) -> int | str:
     """
     `batch_size` as a number of tokens, or `"auto"`.
@@ -118,18 +123,18 @@ def _clip(tokens: float, most: int) -> int:
 
 
 def run_batches(
-    units: list[Unit], budget: int, run: Callable[[list[int]], Result], engine: Engine | None = None
+    batches: Iterable[list[int]], run: Callable[[list[int]], Result], engine: Engine | None, spare: list[int]
 ) -> Iterator[tuple[list[int], Result]]:
     """
     Runs this process's batches one after the other. One that does not fit into memory is halved.
 
-    A forward of a sharded model needs all processes: one that has no batch left runs the shortest unit, for nothing.
+    A forward of a sharded model needs all processes: one that has no batch left runs `spare`, for nothing.
 
     Args:
-        units (`list[Unit]`): All processes'; each makes `run` do as many forwards.
-        budget (`int`): As in [`token_batches`].
-        run (`Callable`): Takes a batch of units' indices.
+        batches (`Iterable[list[int]]`): From [`token_batches`].
+        run (`Callable`): Takes a batch; does as many forwards as on all other processes at this time.
         engine ([`~soul_trainer.engines.Engine`], *optional*): As in [`token_batches`].
+        spare (`list[int]`): A batch of one, as short as there is.
 
     Returns:
         `Iterator[tuple[list[int], Result]]`: Batches and what came of them.
@@ -137,8 +142,7 @@ def run_batches(
     Raises:
         torch.OutOfMemoryError: If a single row does not fit, or a process of a sharded model cannot halve alone.
     """
-    waiting = list(token_batches(units, budget, engine))[::-1]
-    spare = [min(units, key=lambda unit: unit.prefix + unit.suffix).index] if units else []
+    waiting = list(batches)[::-1]
     in_step = engine is not None and engine.shards
     while any_process(bool(waiting), engine):
         batch = waiting.pop() if waiting else None

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.engines import Engine
-from soul_trainer.formats import Example, encode
+from soul_trainer.formats import Example, encode_all
 from soul_trainer.reference import eval_mode
 
 from .batches import (
@@ -23,6 +23,8 @@ from .batches import (
     only_last_logits,
     pad,
     run_batches,
+    shortest,
+    token_batches,
 )
 
 
@@ -64,9 +66,10 @@ def generate_answers(
     Raises:
         ValueError: If an example has no prompt, or a prompt leaves no room within the model's limit.
     """
-    prompts = [_prompt_ids(tokenizer, example) for example in examples]
+    prompts = _prompt_ids(tokenizer, examples)
     settings = _greedy_settings(model, tokenizer, prompts, max_new_tokens)
     units = [Unit(place, len(prompt), 1, settings.max_new_tokens) for place, prompt in enumerate(prompts)]
+    batches = token_batches(units, cache_budget(model, batch_size), engine)
     decode = _decode if can_continue(model) else _generate
 
     def run(batch: list[int]) -> list[list[int]]:
@@ -77,7 +80,7 @@ def generate_answers(
         _generation_settings(model, settings),
         tqdm(total=len(prompts), desc=description, unit="answer", disable=not progress) as bar,
     ):
-        for batch, answers in run_batches(units, cache_budget(model, batch_size), run, engine):
+        for batch, answers in run_batches(batches, run, engine, shortest(units)):
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             yield from zip(batch, texts)
             bar.update(len(batch))
@@ -157,12 +160,13 @@ def _generate(
     return tokens[:, ids.shape[1] :].tolist()
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    encoded = encode(tokenizer, example)
-    prompt = [token for token, label in zip(encoded["input_ids"], encoded["labels"]) if label == IGNORE_INDEX]
-    if not prompt:
-        raise ValueError(f"nothing to answer: there is no prompt before the answer {example.content[:60]!r}.")
-    return prompt
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
+    prompts = []
+    for example, row in zip(examples, encode_all(tokenizer, examples)):
+        prompts.append(row["input_ids"][: row["labels"].count(IGNORE_INDEX)])
+        if not prompts[-1]:
+            raise ValueError(f"nothing to answer: there is no prompt before the answer {example.content[:60]!r}.")
+    return prompts
 
 
 def _greedy_settings(

@@ -1,18 +1,21 @@
 """Log-probabilities of given answers."""
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.engines import Engine
-from soul_trainer.formats import Example, encode
-from soul_trainer.log_probs import shift_labels, token_log_probs, token_statistics
+from soul_trainer.formats import Example, encode, encode_all
+from soul_trainer.log_probs import shift_labels, token_scores, token_statistics
 from soul_trainer.reference import eval_mode
 
 from .batches import (
@@ -25,10 +28,14 @@ from .batches import (
     only_last_logits,
     pad,
     run_batches,
+    shortest,
+    token_batches,
 )
 
 
 logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 class AnswerScore(NamedTuple):
@@ -37,14 +44,14 @@ class AnswerScore(NamedTuple):
 
     Attributes:
         log_probs (`list[float]` of length `answer tokens`): In nats.
-        hits (`list[bool]`, *optional*): Whether each token is the most probable one after those before it.
+        hits (`list[bool]` of length `answer tokens`): Whether each token is the most probable after those before it.
         z_scores (`list[float]`, *optional*):
             Log-probability of each token, less the mean of the log-probabilities under the model's own distribution at
             its place, over their standard deviation.
     """
 
     log_probs: list[float]
-    hits: list[bool] | None = None
+    hits: list[bool]
     z_scores: list[float] | None = None
 
     @property
@@ -77,7 +84,7 @@ def score_answers(
             Tokens in a forward, padding included; by default what the memory allows.
         max_length (`int`, *optional*):
             Tokens beyond are cut off, and the answers counted in a warning. By default the model's limit.
-        details (`bool`, *optional*, defaults to `False`): Whether scores have `hits` and `z_scores`.
+        details (`bool`, *optional*, defaults to `False`): Whether scores have `z_scores`.
         engine ([`~soul_trainer.engines.Engine`], *optional*): That runs the model, if processes share the examples.
         description (`str`, *optional*): Name of the progress bar.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
@@ -90,27 +97,29 @@ def score_answers(
         ValueError: If an example has no answer token within `max_length`.
     """
     rows = _encoded(tokenizer, examples, max_length or longest_input(model, tokenizer))
-    groups = _groups(rows, can_continue(model))
-    units = [_unit(index, [rows[place] for place in group]) for index, group in enumerate(groups)]
     budget, device = logits_budget(model, batch_size), device_of(model, engine)
+    singles, shared = _groups(rows, can_continue(model))
+    measure = token_statistics if details else token_scores
 
-    def run(batch: list[int]) -> tuple[list[int], list[Tensor]]:
-        places = [groups[index] for index in batch]
-        targets, logits = _forward(model, [[rows[place] for place in group] for group in places], device)
-        found = [token_log_probs(logits, targets)] if not details else token_statistics(logits, targets)
-        return [place for group in places for place in group], [targets != IGNORE_INDEX, *found]
+    def score_rows(places: list[int], prefix: _Prefix | None = None) -> tuple[list[int], list[Tensor]]:
+        targets, logits = _forward(model, [rows[place] for place in places], device, prefix and prefix.of(places))
+        return places, [targets != IGNORE_INDEX, *measure(logits, targets)]
+
+    def score_groups(batch: list[int]) -> list[tuple[list[int], list[Tensor]]]:
+        prefix = _Prefix(model, [shared[index] for index in batch], rows, device)
+        units = [Unit(place, 0, 1, len(rows[place].answer) + 1) for index in batch for place in shared[index]]
+        batches = token_batches(units, budget)
+        return [result for _, result in run_batches(batches, lambda b: score_rows(b, prefix), engine, shortest(units))]
 
     with eval_mode(model), tqdm(total=len(rows), desc=description, unit="answer", disable=not progress) as bar:
-        before: tuple[list[int], list[Tensor]] = ([], [])
-        for is_shared in (True, False):
-            alike = [unit for unit in units if (unit.rows > 1) == is_shared]
-            for _, result in run_batches(alike, budget, run, engine):
-                # A batch is read once the next is on its way, so that a GPU need not wait for us.
-                yield from _read(*before)
-                bar.update(len(before[0]))
-                before = result
-        yield from _read(*before)
-        bar.update(len(before[0]))
+        units = [Unit(index, len(rows[group[0]].prompt) - 1, 1, 0) for index, group in enumerate(shared)]
+        groups = run_batches(token_batches(units, budget, engine), score_groups, engine, shortest(units))
+        units = [Unit(place, 0, 1, len(rows[place].prompt) + len(rows[place].answer)) for place in singles]
+        alone = run_batches(token_batches(units, budget, engine), score_rows, engine, shortest(units))
+        results = chain((result for _, several in groups for result in several), (result for _, result in alone))
+        for places, tensors in _one_behind(results):
+            yield from zip(places, _scores(tensors))
+            bar.update(len(places))
 
 
 def answer_losses(
@@ -144,8 +153,7 @@ class _Row(NamedTuple):
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int | None) -> list[_Row]:
     rows, num_cut = [], 0
-    for example in examples:
-        encoded = encode(tokenizer, example)
+    for example, encoded in zip(examples, encode_all(tokenizer, examples)):
         if max_length and len(encoded["input_ids"]) > max_length:
             encoded = encode(tokenizer, example, max_length)
             num_cut += 1
@@ -157,61 +165,72 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_le
     return rows
 
 
-def _groups(rows: list[_Row], is_shared: bool) -> list[list[int]]:
-    """Places of rows with the same prompt, which needs two tokens: the last is computed with each answer."""
-    groups: dict[tuple, list[int]] = {}
+def _groups(rows: list[_Row], can_share: bool) -> tuple[list[int], list[list[int]]]:
+    """
+    Places of rows that are alone, and of those that have their prompt in common. It needs two tokens: the last is
+    computed with each answer.
+    """
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        key = tuple(row.prompt) if is_shared and len(row.prompt) > 1 else (None, place)
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
+        groups[tuple(row.prompt) if can_share and len(row.prompt) > 1 else (-1, place)].append(place)
+    shared = [group for group in groups.values() if len(group) > 1]
+    return [group[0] for group in groups.values() if len(group) == 1], shared
 
 
-def _unit(index: int, rows: list[_Row]) -> Unit:
-    longest = max(len(row.answer) for row in rows)
-    if len(rows) == 1:
-        return Unit(index, 0, 1, len(rows[0].prompt) + longest)
-    return Unit(index, len(rows[0].prompt) - 1, len(rows), longest + 1)
+class _Prefix:
+    """Keys and values of prompts but for their last tokens, each of a group of rows."""
 
-
-def _forward(model: PreTrainedModel, groups: list[list[_Row]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """
-    Targets `(rows, tokens)` and logits `(rows, tokens, vocabulary)`; prompts shared within every group or in none.
-    """
-    is_shared = all(len(group) > 1 for group in groups)
-    rows = [row for group in groups for row in group]
-    shared = {}
-    if is_shared:
-        ids, mask = pad([group[0].prompt[:-1] for group in groups], side="left")
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        outputs = model(
+    def __init__(self, model: PreTrainedModel, groups: list[list[int]], rows: list[_Row], device: torch.device):
+        ids, self.mask = pad([rows[group[0]].prompt[:-1] for group in groups], side="left")
+        self.owner = {place: index for index, group in enumerate(groups) for place in group}
+        self.cache = model(
             input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
+            attention_mask=self.mask.to(device),
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0).to(device),
             use_cache=True,
             **only_last_logits(model),
-        )
-        owners = torch.tensor([index for index, group in enumerate(groups) for _ in group])
-        outputs.past_key_values.batch_select_indices(owners.to(device))
-        shared = {"past_key_values": outputs.past_key_values}
+        ).past_key_values
+        self.device = device
+
+    def of(self, places: list[int]) -> tuple[Cache, Tensor]:
+        """Cache and attention mask for these rows."""
+        owners = torch.tensor([self.owner[place] for place in places])
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(owners.to(self.device))
+        return cache, self.mask[owners]
+
+
+def _forward(
+    model: PreTrainedModel, rows: list[_Row], device: torch.device, prefix: tuple[Cache, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Targets `(rows, tokens)` and logits `(rows, tokens, vocabulary)`, after the prefix if there is one."""
+    if prefix:
         rows = [_Row(row.prompt[-1:], row.answer) for row in rows]
-    input_ids, attention_mask = pad([row.prompt + row.answer for row in rows], side="right")
+    ids, mask = pad([row.prompt + row.answer for row in rows], side="right")
     labels, _ = pad([[IGNORE_INDEX] * len(row.prompt) + row.answer for row in rows], "right", IGNORE_INDEX)
-    if is_shared:
-        starts = mask.sum(1)[owners, None]
-        shared["position_ids"] = (starts + torch.arange(input_ids.shape[1])).to(device)
-        attention_mask = torch.cat([mask[owners], attention_mask], dim=1)
+    shared = {}
+    if prefix:
+        cache, prefix_mask = prefix
+        positions = prefix_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1])
+        shared = {"past_key_values": cache, "position_ids": positions.to(device)}
+        mask = torch.cat([prefix_mask, mask], dim=1)
     logits = model(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        use_cache=is_shared,
-        **shared,
+        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=prefix is not None, **shared
     ).logits
     return shift_labels(labels).to(device), logits
 
 
-def _read(places: list[int], tensors: list[Tensor]) -> Iterator[tuple[int, AnswerScore]]:
-    if not places:
-        return
+def _one_behind(results: Iterator[Result]) -> Iterator[Result]:
+    """Gives each result once the next is on its way, so that a GPU need not wait for us to read it."""
+    before = next(results, None)
+    for result in results:
+        yield before
+        before = result
+    if before is not None:
+        yield before
+
+
+def _scores(tensors: list[Tensor]) -> Iterator[AnswerScore]:
     is_answer, *found = (tensor.cpu() for tensor in tensors)
-    for index, place in enumerate(places):
-        yield place, AnswerScore(*(values[index][is_answer[index]].tolist() for values in found))
+    for row, kept in enumerate(is_answer):
+        yield AnswerScore(*(values[row][kept].tolist() for values in found))

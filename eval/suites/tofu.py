@@ -20,7 +20,7 @@ from ..metrics.rouge_overlap.formula import rouge_scores
 from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores, truth_ratios, truth_shares
 from ..rows import check_rows
 from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, resampled_means
-from .base import DETAILS, GENERATION, Part, Suite, by_split, column, match_rows
+from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
 from .sources import load_split
@@ -192,15 +192,11 @@ def parts(row: dict, arguments: TofuArguments) -> list[Part]:
             "answer_nll": answer,
             "paraphrased_nll": others[0] if paraphrased else answer,
             "perturbed_nll": others[len(paraphrased) :],
+            # Without the end of sequence, which says nothing of the answer.
+            **({"answer_hits": [int(hit) for hit in scores[0].hits[:-1]]} if row["split"] == "forget" else {}),
         }
 
-    def hits(scores: list) -> dict:
-        # Without the end of sequence, which says nothing of the answer.
-        return {"answer_hits": [int(hit) for hit in scores[0].hits[:-1]]}
-
     asked = [Part("losses", with_answers(row["answer"], *paraphrased, *row["perturbed_answer"]), nlls)]
-    if row["split"] == "forget":
-        asked.append(Part("memorization", with_answers(row["answer"]), hits, DETAILS))
     if arguments.generate:
 
         def overlap(text: str) -> dict:
