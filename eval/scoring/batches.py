@@ -15,10 +15,13 @@ AUTO = "auto"
 LEAST_TOKENS = 64
 # On a CPU a forward gains nothing from more tokens, and the logits of these stay within the memory of any machine.
 CPU_LOGITS_BYTES, CPU_CACHE_BYTES = 2**28, 2**30
-MOST_CPU_TOKENS, MOST_GPU_TOKENS = 4096, 2**17
+MOST_CPU_TOKENS, MOST_GPU_TOKENS = 2048, 2**17
 # Of the free memory of a GPU; the rest is for what the allocator cannot use.
 GPU_SHARE = 0.5
-MOST_ROWS = 512
+# Rows whose keys and values grow by a copy at each new token: on a CPU more than these leave its caches.
+MOST_CPU_ROWS, MOST_GPU_ROWS = 256, 512
+# Prompts computed together, in budgets: they have no logits, and the more there are, the better their rows sort.
+PREFIX_BUDGETS = 4
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 Result = TypeVar("Result")
@@ -41,7 +44,9 @@ class Unit(NamedTuple):
     suffix: int
 
 
-def token_batches(units: list[Unit], budget: int, engine: Engine | None = None) -> Iterator[list[int]]:
+def token_batches(
+    units: list[Unit], budget: int, engine: Engine | None = None, most_rows: int = MOST_GPU_ROWS
+) -> Iterator[list[int]]:
     """
     This process's units in batches of similar length, the longest first: memory runs out at once or not at all.
 
@@ -49,6 +54,7 @@ def token_batches(units: list[Unit], budget: int, engine: Engine | None = None) 
         units (`list[Unit]`): All processes', in any order.
         budget (`int`): Tokens of a batch, padding included; a unit that is longer is a batch by itself.
         engine ([`~soul_trainer.engines.Engine`], *optional*): That runs the model, if processes share the units.
+        most_rows (`int`, *optional*, defaults to 512): Rows of a batch.
 
     Returns:
         `Iterator[list[int]]`: The units' indices.
@@ -61,7 +67,7 @@ def token_batches(units: list[Unit], budget: int, engine: Engine | None = None) 
         together = [*batch, unit]
         num_rows = sum(each.rows for each in together)
         padded = len(together) * max(each.prefix for each in together) + num_rows * max(u.suffix for u in together)
-        if batch and (padded > budget or num_rows > MOST_ROWS):
+        if batch and (padded > budget or num_rows > most_rows):
             yield [each.index for each in batch]
             together = [unit]
         batch = together
@@ -159,6 +165,11 @@ def run_batches(
             waiting += [batch[half:], batch[:half]]
         elif batch is not None:
             yield batch, result
+
+
+def most_rows(model: PreTrainedModel) -> int:
+    """Rows that are best generated together."""
+    return MOST_GPU_ROWS if model.device.type == "cuda" else MOST_CPU_ROWS
 
 
 def device_of(model: PreTrainedModel, engine: Engine | None) -> torch.device:

@@ -20,6 +20,7 @@ from .batches import (
     can_continue,
     device_of,
     longest_input,
+    most_rows,
     only_last_logits,
     pad,
     run_batches,
@@ -69,7 +70,7 @@ def generate_answers(
     prompts = _prompt_ids(tokenizer, examples)
     settings = _greedy_settings(model, tokenizer, prompts, max_new_tokens)
     units = [Unit(place, len(prompt), 1, settings.max_new_tokens) for place, prompt in enumerate(prompts)]
-    batches = token_batches(units, cache_budget(model, batch_size), engine)
+    batches = token_batches(units, cache_budget(model, batch_size), engine, most_rows(model))
     decode = _decode if can_continue(model) else _generate
 
     def run(batch: list[int]) -> list[list[int]]:

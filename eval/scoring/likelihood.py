@@ -20,6 +20,7 @@ from soul_trainer.reference import eval_mode
 
 from .batches import (
     AUTO,
+    PREFIX_BUDGETS,
     Unit,
     can_continue,
     device_of,
@@ -113,7 +114,8 @@ def score_answers(
 
     with eval_mode(model), tqdm(total=len(rows), desc=description, unit="answer", disable=not progress) as bar:
         units = [Unit(index, len(rows[group[0]].prompt) - 1, 1, 0) for index, group in enumerate(shared)]
-        groups = run_batches(token_batches(units, budget, engine), score_groups, engine, shortest(units))
+        batches = token_batches(units, PREFIX_BUDGETS * budget, engine)
+        groups = run_batches(batches, score_groups, engine, shortest(units))
         units = [Unit(place, 0, 1, len(rows[place].prompt) + len(rows[place].answer)) for place in singles]
         alone = run_batches(token_batches(units, budget, engine), score_rows, engine, shortest(units))
         results = chain((result for _, several in groups for result in several), (result for _, result in alone))
@@ -195,7 +197,9 @@ class _Prefix:
     def of(self, places: list[int]) -> tuple[Cache, Tensor]:
         """Cache and attention mask for these rows."""
         owners = torch.tensor([self.owner[place] for place in places])
-        cache = copy.deepcopy(self.cache)
+        # To select is to put other tensors into a layer, so that layers are copied and their tensors are not.
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
         cache.batch_select_indices(owners.to(self.device))
         return cache, self.mask[owners]
 
