@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import load_dataset
@@ -14,6 +15,9 @@ from soul_eval.scoring import answer_losses, greedy_answers
 from soul_eval.statistics import Figure
 from soul_eval.suites.tofu import TofuArguments, evaluate_model, load_splits, parts, summarise, unscored_rows
 from soul_trainer.formats import render
+
+
+TOFU = Path(__file__).parents[2] / "shared" / "tofu"
 
 
 def question_rows(split, num_rows=6, num_perturbed=5):
@@ -298,3 +302,28 @@ def test_accuracy_is_asked_as_soul_does(dataset):
     assert mention("nothing")["mentions_answer"] is False and "paraphrase" not in {
         part.name for part in parts(fact, arguments)
     }
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="needs the real TOFU data in ../shared/tofu")
+def test_the_real_rows_are_asked(tokenizer):
+    """Catches rows of TOFU's own files that are lost, renamed or refused, and answers that are not asked."""
+    splits = load_splits(str(TOFU))
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "forget": 400,
+        "retain": 400,
+        "real_authors": 100,
+        "world_facts": 117,
+    }
+    rows = unscored_rows(splits)
+    num_answers = sum(len(parts(row, TofuArguments())[0].answers) for row in rows)
+    assert num_answers == sum(len(row["perturbed_answer"]) + 1 + ("paraphrased_answer" in row) for row in rows) == 6468
+    few = load_splits(str(TOFU), limit=3)
+    model = small_llama(max_position_embeddings=1024).eval()
+    tokenizer.model_max_length = 1024
+    figures = summarise(evaluate_model(model, tokenizer, few, max_new_tokens=3, progress=False))
+    assert {
+        "model_utility",
+        "forget_truth_ratio",
+        "extraction_strength",
+        "world_facts_mention_accuracy",
+    } <= figures.keys()
