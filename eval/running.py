@@ -85,11 +85,12 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
     header = _header(suite, args, own, model, rows)
     path = Path(args.output) / "rows.jsonl"
     is_main = engine is None or engine.process_index == 0
-    finished = finished_rows(path, header, args.overwrite, is_main)
-    if engine:
-        engine.gather([])  # what the first process has moved away must be gone for all
-    if finished:
-        return finished if is_main else None
+    # The first process alone looks and moves: files that are moved while others look would be there for some.
+    finished = finished_rows(path, header, args.overwrite) if is_main else None
+    if engine.gather([finished is not None] if is_main else [])[0] if engine else finished:
+        return finished
+    if is_main:
+        (path.parent / "summary.json").unlink(missing_ok=True)
     identity = json.loads(json.dumps({key: header[key] for key in IDENTITY}))
     journal = Journal(path, identity, *((engine.process_index, engine.gather) if engine else ()))
     if journal.is_stale and is_main:
@@ -125,7 +126,7 @@ def questions_digest(rows: list[dict]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def finished_rows(path: Path, header: dict, overwrite: bool, is_main: bool = True) -> tuple[dict, list[dict]] | None:
+def finished_rows(path: Path, header: dict, overwrite: bool) -> tuple[dict, list[dict]] | None:
     """
     Header and rows that are there already, of the same model, questions and settings.
 
@@ -133,7 +134,6 @@ def finished_rows(path: Path, header: dict, overwrite: bool, is_main: bool = Tru
         path (`Path`): The rows' file to be.
         header (`dict`): Of what is to be evaluated.
         overwrite (`bool`): Whether what is there is of no interest.
-        is_main (`bool`, *optional*, defaults to `True`): Whether this process moves files and speaks.
 
     Returns:
         `tuple[dict, list[dict]]`: `None` if there are none. Rows of other weights are moved out of the way first.
@@ -147,20 +147,17 @@ def finished_rows(path: Path, header: dict, overwrite: bool, is_main: bool = Tru
     now = json.loads(json.dumps(header))
     differing = [key for key in IDENTITY if found.get(key) != now[key]]
     if not differing and not overwrite:
-        if is_main:
-            logger.warning(f"{path} holds all rows of these weights already.")
+        logger.warning(f"{path} holds all rows of these weights already.")
         return found, rows
     if overwrite:
-        if is_main:
-            path.unlink()
+        path.unlink()
     elif differing == ["weights"]:
         kept = path.with_name(f"rows.{str(found['weights'])[:12]}.jsonl")
-        if is_main:
-            os.replace(path, kept)
-            logger.warning(
-                f"The weights of {header['model']} have changed since {path} was written: it starts anew. The rows of "
-                f"the former weights are in {kept.name} now."
-            )
+        os.replace(path, kept)
+        logger.warning(
+            f"The weights of {header['model']} have changed since {path} was written: it starts anew. The rows of "
+            f"the former weights are in {kept.name} now."
+        )
     else:
         raise ValueError(
             f"{path.parent} holds results of another {' and '.join(differing)}: add --overwrite, or choose another "
