@@ -168,3 +168,18 @@ def test_a_report_of_rows(arguments, expected, tmp_path, capsys):
     page = ["report", f"SOUL={files['own']}", "--gold", files["gold"], "--output", str(tmp_path / "page")]
     assert main(page) == 0
     assert "SOUL" in capsys.readouterr().out and (tmp_path / "page" / "report.html").exists()
+
+
+def test_findings_of_several_processes_serve_one(tmp_path):
+    """Catches findings of a second process that a resume in one loses, or counts twice in the next."""
+    identity, path = {"weights": "w"}, tmp_path / "rows.jsonl"
+    for process in range(2):
+        journal = Journal(path, identity, process)
+        journal.add(("forget", process, "losses"), {"answer_nll": float(process)})
+        journal.close()
+    resumed = Journal(path, identity)
+    assert resumed.done == {("forget", place, "losses"): {"answer_nll": float(place)} for place in range(2)}
+    assert [piece.name for piece in tmp_path.iterdir()] == ["rows.jsonl.part-0"]
+    resumed.add(("forget", 2, "losses"), {"answer_nll": 2.0})
+    resumed.close()
+    assert len(Journal(path, identity).done) == 3 and not Journal(path, {"weights": "v"}).done
