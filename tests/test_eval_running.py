@@ -182,4 +182,7 @@ def test_findings_of_several_processes_serve_one(tmp_path):
     assert [piece.name for piece in tmp_path.iterdir()] == ["rows.jsonl.part-0"]
     resumed.add(("forget", 2, "losses"), {"answer_nll": 2.0})
     resumed.close()
-    assert len(Journal(path, identity).done) == 3 and not Journal(path, {"weights": "v"}).done
+    for identity, expected in (({"weights": "w"}, 3), ({"weights": "v"}, 0)):
+        journal = Journal(path, identity)
+        journal.close()
+        assert len(journal.done) == expected and journal.is_stale == (expected == 0)
