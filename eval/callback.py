@@ -75,6 +75,7 @@ class EvalCallback(TrainerCallback):
             self.reference_rows = [row for row in reference_rows if (row["split"], row["index"]) in asked]
             self.suite.check_reference(self._asked, self.reference_rows)
         self.step: int | None = None
+        self._logged: dict[str, float] = {}
         self.first_step = 0
         self.seconds = 0.0
 
@@ -82,14 +83,22 @@ class EvalCallback(TrainerCallback):
         """Notes where training begins or goes on."""
         self.first_step = state.global_step
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Forgets when the model was asked if it is another one now, the best."""
+        if args.load_best_model_at_end:
+            self.step = None
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs
     ) -> None:
         """Asks the model, once a step however many datasets the Trainer evaluates then."""
         self.seconds += sum(value for key, value in metrics.items() if key.endswith("_runtime"))
         if self.step == state.global_step:
+            metrics.update(self._logged)
             return
-        logged = {f"eval_{self.name}_{key}": value for key, value in values(self.ask(kwargs["model"])).items()}
+        self._logged = logged = {
+            f"eval_{self.name}_{key}": value for key, value in values(self.ask(kwargs["model"])).items()
+        }
         metrics.update(logged)
         self.trainer.log(logged)
 

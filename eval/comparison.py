@@ -116,7 +116,8 @@ class Comparison:
         engine = Engine(PartialState())
         header = read_rows(path)[0] if path.exists() and not self.config.overwrite else {}
         engine.gather([])  # nobody writes before all have looked
-        if (header.get("model"), header.get("settings")) != (model_name, self.settings):
+        files = _weight_files(model_name)
+        if [header.get(key) for key in ("model", "settings", "files")] != [model_name, self.settings, files]:
             model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
             tokenizer = AutoTokenizer.from_pretrained(model_name)
             arguments = self.suite.arguments(**self.asked)
@@ -136,7 +137,8 @@ class Comparison:
                 self.suite.judge(rows, arguments)
             if engine.process_index == 0:
                 hashes = {"weights": weights_digest(model), "questions": self.settings["questions"]}
-                write_rows(path, rows, make_header(model_name, self.settings, 0, self.suite.name, **hashes))
+                header = make_header(model_name, self.settings, 0, self.suite.name, files=files, **hashes)
+                write_rows(path, rows, header)
         engine.gather([])
         return read_rows(path)[1]
 
@@ -159,6 +161,8 @@ class Comparison:
         trainer.create_model_card(finetuned_from=self.target)
         if trainer.is_world_process_zero():
             hashes = {"questions": self.settings["questions"]}
+            if not trainer.engine.shards:
+                hashes["weights"] = weights_digest(trainer.model)
             header = make_header(str(rows_file.parent), identity, args.seed, self.suite.name, **hashes)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
             write_rows(rows_file, curve.rows, header)
@@ -169,6 +173,12 @@ class Comparison:
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         settings = {**header["settings"], "seconds_per_step": header["seconds_per_step"]}
         return report.Run(name, self._figures(rows), rows, log_history=history, settings=settings)
+
+
+def _weight_files(model_name: str) -> list[list]:
+    """Names, sizes and times of a folder's weights: a model that was trained again in its place has others."""
+    files = sorted(Path(model_name).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _checkpoint(args: UnlearnConfig) -> str | None:

@@ -1,9 +1,10 @@
 """Asks a model what a suite wants to know of its rows: in whole batches, over several processes, and never twice."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soul_trainer.engines import Engine
@@ -11,7 +12,7 @@ from soul_trainer.formats import Example, render
 
 from .gradient_norms import gradient_norms
 from .journal import Journal, Key
-from .scoring import AUTO, generate_answers, score_answers
+from .scoring import AUTO, generate_answers, longest_input, score_answers
 from .suites.base import DETAILS, GENERATION, GRADIENT, Part
 
 
@@ -44,7 +45,7 @@ def ask(
         `list[dict]`: On every process, the rows with the fields of their parts.
 
     Raises:
-        ValueError: If a row cannot be rendered, or a prompt is too long; the row is named.
+        ValueError: If a row cannot be rendered (it is named), or a prompt is too long (its beginning is).
     """
     parts = {(row["split"], row["index"], part.name): part for row in rows for part in parts_of(row)}
     found = dict(journal.done) if journal else {}
@@ -83,7 +84,12 @@ def _gradient_norms(
     if engine is not None and engine.shards:
         raise ValueError("Norms of gradients need a whole model on each process: evaluate without them here.")
     keys = list(examples)[slice(None) if engine is None else slice(engine.process_index, None, engine.num_processes)]
-    return zip(keys, gradient_norms(model, tokenizer, [examples[key][0] for key in keys], progress))
+    limit = longest_input(model, tokenizer)
+    for key in tqdm(keys, desc="Gradient norms", unit="row", disable=not progress):
+        try:
+            yield key, gradient_norms(model, tokenizer, examples[key], progress=False, max_length=limit)[0]
+        except ValueError as error:
+            raise ValueError(f"Row {key[1]} of `{key[0]}`: {error}") from error
 
 
 def _whole_parts(model, tokenizer, examples: dict[Key, list[Example]], settings: dict) -> Iterator:
@@ -115,8 +121,12 @@ def _finished(
         return key, fields
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = [pool.submit(finish, key, answer) for key, answer in answers]
-        finished = [each.result() for each in waiting]
+        waiting, finished = deque(), []
+        for key, answer in answers:
+            waiting.append(pool.submit(finish, key, answer))
+            while waiting and waiting[0].done():  # what fails must not wait for all that follows
+                finished.append(waiting.popleft().result())
+        finished += [each.result() for each in waiting]
     return dict(engine.gather(finished) if engine is not None else finished)
 
 

@@ -105,6 +105,12 @@ def general_ability(
     return _first_process(_figures(results))
 
 
+def check_tasks(tasks: str | Sequence[str], include_path: str | None = None) -> None:
+    """Raises what [`general_ability`] raises of unknown tasks, before hours have passed."""
+    require("lm_eval", "lm-eval")
+    _task_names(tasks, _task_manager(include_path))
+
+
 @lru_cache(maxsize=4)
 def _task_manager(include_path: str | None) -> "TaskManager":
     """Kept, since it takes seconds to read the thousands of task files."""

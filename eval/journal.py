@@ -32,10 +32,12 @@ class Journal:
     def __init__(self, path: Path, identity: dict, process_index: int = 0, gather=None):
         self.done: dict[Key, dict] = {}
         self.is_stale = False
-        pieces = sorted(path.parent.glob(f"{path.name}.part-*"))
+        pieces = [piece for piece in sorted(path.parent.glob(f"{path.name}.part-*")) if piece.suffix != ".part"]
         first_line = json.dumps(identity, sort_keys=True)
         for piece in pieces:
             lines = piece.read_text(encoding="utf-8").split("\n")
+            if len(lines) == 1:  # killed before its first line was whole
+                continue
             if lines[0] != first_line:
                 self.is_stale = True
                 continue
@@ -56,6 +58,7 @@ class Journal:
         self._file = own.open("a", encoding="utf-8")
         if process_index:
             self._file.write(first_line + "\n")
+            self._file.flush()
 
     def add(self, key: Key, fields: dict) -> None:
         """Keeps the findings of a part of a row."""

@@ -1,10 +1,22 @@
 """The models that are evaluated: loading one, and telling it from all others."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+
+# Where a configuration came from, and by which version, says nothing of what the model answers.
+_NOT_SETUP = (
+    "_name_or_path",
+    "transformers_version",
+    "peft_version",
+    "base_model_name_or_path",
+    "inference_mode",
+    "revision",
+)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -50,10 +62,12 @@ def load_model(
     if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
         raise ValueError(f"--dtype {dtype} is unknown: use auto, float32, bfloat16 or float16.")
     set_seed(seed)
-    loader = AutoModelForCausalLM
+    loader, options = AutoModelForCausalLM, {}
     if _is_adapter(folder):
         from peft import AutoPeftModelForCausalLM as loader
-    model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+
+        options = {"is_trainable": True}  # or else its gradients could not be asked for
+    model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
@@ -73,6 +87,29 @@ def weights_digest(model: torch.nn.Module) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
+
+
+def setup_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    A hash of what makes figures of weights: the configurations of the model and of its adapters, and the tokenizer.
+
+    Returns:
+        `str`: Hexadecimal SHA-256.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    configs = [model.config, *getattr(model, "peft_config", {}).values()]
+    setup = {
+        "configs": [
+            {key: value for key, value in each.to_dict().items() if key not in _NOT_SETUP} for each in configs
+        ],
+        "tokenizer": tokenizer.get_vocab() if backend is None else backend.to_str(),
+        "special_tokens": [tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.model_max_length],
+    }
+    return hashlib.sha256(json.dumps(setup, sort_keys=True, default=_as_text).encode()).hexdigest()
+
+
+def _as_text(value: object) -> str:
+    return str(sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value)
 
 
 def _checked(name: str) -> Path:

@@ -21,6 +21,9 @@ FIELDS = (
 )
 
 
+ASKED = ("question", "prompt", "text")
+
+
 def compare_rows(first: list[dict], second: list[dict]) -> dict[str, PairedComparison]:
     """
     Compares two models field by field.
@@ -39,7 +42,8 @@ def compare_rows(first: list[dict], second: list[dict]) -> dict[str, PairedCompa
     compared = {}
     for split in splits:
         own = sorted((row for row in first if row["split"] == split), key=lambda row: row["index"])
-        others = match_rows(own, second, (split,), "question")
+        for asked in ASKED:
+            others = match_rows(own, second, (split,), asked)
         for field in FIELDS:
             pairs = [(one.get(field), other.get(field)) for one, other in zip(own, others)]
             if all(None not in pair for pair in pairs):

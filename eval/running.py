@@ -14,8 +14,9 @@ from transformers.utils import logging
 from soul_trainer.engines import Engine
 
 from .evaluation import ask
+from .general import check_tasks, general_ability
 from .journal import Journal
-from .models import load_model, load_tokenizer, weights_digest
+from .models import load_model, load_tokenizer, setup_digest, weights_digest
 from .rows import make_header, read_rows, write_rows, write_whole
 from .scoring import check_batch_size
 from .statistics import Figure
@@ -25,7 +26,10 @@ from .suites.base import Suite
 logger = logging.get_logger(__name__)
 
 # What a row is made of; rows of other values are other rows.
-IDENTITY = ("format", "suite", "weights", "questions", "settings")
+IDENTITY = ("format", "suite", "weights", "setup", "questions", "settings")
+GENERAL = ("general", "include_path")
+# What a model is told by; others of its rows are another model's.
+MODEL = {"weights", "setup"}
 
 
 @dataclass
@@ -72,6 +76,8 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
     Raises:
         ValueError: If the folder holds other results and `overwrite` is not set, or the reference is of other rows.
     """
+    if args.general:
+        check_tasks(args.general.split(","), args.include_path)
     engine = _engine(args)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     rows = [row for row in suite.load(own, tokenizer) if args.limit is None or row["index"] < args.limit]
@@ -82,16 +88,20 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
         suite.check_reference(rows, read_rows(args.reference)[1])
     device = engine.accelerator.device if engine else args.device
     model = load_model(args.model, device, args.dtype, args.seed, args.trust_remote_code)
-    header = _header(suite, args, own, model, rows)
+    header = _header(suite, args, own, model, tokenizer, rows)
     path = Path(args.output) / "rows.jsonl"
     is_main = engine is None or engine.process_index == 0
     # The first process alone looks and moves: files that are moved while others look would be there for some.
     finished = finished_rows(path, header, args.overwrite) if is_main else None
+    if is_main and finished is None:
+        (path.parent / "summary.json").unlink(missing_ok=True)
+        for piece in path.parent.glob(f"{path.name}.part-*") if args.overwrite else ():
+            piece.unlink()
     if engine.gather([finished is not None] if is_main else [])[0] if engine else finished:
         return finished
-    if is_main:
-        (path.parent / "summary.json").unlink(missing_ok=True)
     identity = json.loads(json.dumps({key: header[key] for key in IDENTITY}))
+    # lm-eval comes last, and what was found before it is good for any of its tasks.
+    identity["settings"] = {key: identity["settings"][key] for key in identity["settings"] if key not in GENERAL}
     journal = Journal(path, identity, *((engine.process_index, engine.gather) if engine else ()))
     if journal.is_stale and is_main:
         logger.warning(f"{path.parent} held unfinished rows of other weights or settings: it starts anew.")
@@ -151,12 +161,13 @@ def finished_rows(path: Path, header: dict, overwrite: bool) -> tuple[dict, list
         return found, rows
     if overwrite:
         path.unlink()
-    elif differing == ["weights"]:
-        kept = path.with_name(f"rows.{str(found['weights'])[:12]}.jsonl")
+    elif set(differing) <= MODEL:
+        former = hashlib.sha256(f"{found.get('weights')} {found.get('setup')}".encode()).hexdigest()
+        kept = path.with_name(f"rows.{former[:12]}.jsonl")
         os.replace(path, kept)
         logger.warning(
-            f"The weights of {header['model']} have changed since {path} was written: it starts anew. The rows of "
-            f"the former weights are in {kept.name} now."
+            f"The {' and '.join(differing)} of {header['model']} have changed since {path} was written: it starts "
+            f"anew. The former rows are in {kept.name} now."
         )
     else:
         raise ValueError(
@@ -174,10 +185,12 @@ def _engine(args: EvalArguments) -> Engine | None:
     return Engine(PartialState(cpu=args.device == "cpu"))
 
 
-def _header(suite: Suite, args: EvalArguments, own: Any, model, rows: list[dict]) -> dict:
-    settings = {"prompt_template": args.prompt_template, "limit": args.limit, "general": args.general, **asdict(own)}
+def _header(suite: Suite, args: EvalArguments, own: Any, model, tokenizer, rows: list[dict]) -> dict:
+    names = ("prompt_template", "limit", *GENERAL)
+    settings = {**{name: getattr(args, name) for name in names}, **asdict(own)}
     settings["dtype"] = str(model.dtype).removeprefix("torch.")
-    hashes = {"weights": weights_digest(model), "questions": questions_digest(rows)}
+    hashes = {"weights": weights_digest(model), "setup": setup_digest(model, tokenizer)}
+    hashes["questions"] = questions_digest(rows)
     header = make_header(args.model, settings, args.seed, suite.name, **hashes)
     return {**header, "device": str(model.device), "batch_size": args.batch_size}
 
@@ -185,8 +198,6 @@ def _header(suite: Suite, args: EvalArguments, own: Any, model, rows: list[dict]
 def _general_ability(args: EvalArguments, model, tokenizer, engine: Engine | None) -> dict[str, dict]:
     if not args.general:
         return {}
-    from .general import general_ability
-
     tasks = args.general.split(",")
     figures = general_ability(model, tokenizer, tasks, args.limit, include_path=args.include_path)
     return {re.sub(r"\W+", "_", name): figure.to_json() for name, figure in figures.items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from soul_eval.__main__ import main
 from soul_eval.journal import Journal
 from soul_eval.models import weights_digest
 from soul_eval.rows import read_rows
+from soul_eval.running import GENERAL, IDENTITY
 
 
 # Float32 sums in other batches; losses are of the order of 1 to 10.
@@ -110,7 +112,7 @@ def test_rows_of_other_weights_are_not_mixed(arguments, model_dir, expected, tmp
     header, rows = read_rows(output / "rows.jsonl")
     assert header["weights"] == weights_digest(other)
     assert rows[0]["answer_nll"] != pytest.approx(expected[1][0]["answer_nll"], abs=1e-3)
-    kept = output / f"rows.{expected[0]['weights'][:12]}.jsonl"
+    (kept,) = output.glob("rows.*.jsonl")
     assert kept.read_text() == former
     # Unfinished rows of other weights are of no use.
     (output / "rows.jsonl").unlink()
@@ -119,6 +121,53 @@ def test_rows_of_other_weights_are_not_mixed(arguments, model_dir, expected, tmp
     (output / "rows.jsonl.part-0").write_text(f"{json.dumps(stale)}\n{json.dumps(entry)}\n")
     assert main(run) == 0
     assert read_rows(output / "rows.jsonl")[1] == rows
+
+
+def change_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+def change_tokenizer(folder):
+    byte_tokenizer(["another text altogether"] * 9).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [change_config, change_tokenizer])
+def test_rows_of_another_setup_are_not_mixed(arguments, model_dir, tmp_path, change):
+    """Catches figures that are passed off as those of the same weights with other settings or another tokenizer."""
+    folder, output = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "out"
+    run = [*arguments, "--model", str(folder), "--output", str(output), "--limit", "2", "--no_generate"]
+    assert main(run) == 0
+    before = read_rows(output / "rows.jsonl")
+    change(folder)
+    assert main(run) == 0
+    header, rows = read_rows(output / "rows.jsonl")
+    assert header["weights"] == before[0]["weights"] and header["setup"] != before[0]["setup"]
+    assert rows[0]["answer_nll"] != pytest.approx(before[1][0]["answer_nll"], abs=1e-3)
+    assert len(list(output.glob("rows.*.jsonl"))) == 1
+
+
+def test_overwriting_starts_anew(arguments, tmp_path):
+    """Catches unfinished findings that --overwrite keeps, so that nobody can be rid of them."""
+    run = [*arguments, "--output", str(tmp_path), "--limit", "1", "--no_generate"]
+    assert main(run) == 0
+    header, rows = read_rows(tmp_path / "rows.jsonl")
+    identity = {key: header[key] for key in IDENTITY}
+    identity["settings"] = {key: value for key, value in identity["settings"].items() if key not in GENERAL}
+    for flags, expected in (([], 77.0), (["--overwrite"], rows[0]["answer_nll"])):
+        (tmp_path / "rows.jsonl").unlink()
+        journal = Journal(tmp_path / "rows.jsonl", identity)
+        journal.add(("forget", 0, "losses"), {**rows[0], "answer_nll": 77.0})
+        journal.close()
+        assert main([*run, *flags]) == 0
+        assert read_rows(tmp_path / "rows.jsonl")[1][0]["answer_nll"] == expected
+
+
+def test_a_misspelt_task_is_found_before_the_model_runs(arguments, tmp_path, capsys):
+    """Catches an error after hours, and a resume that asks everything again because the task was corrected."""
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--general", "hellaswagg"]) == 1
+    assert "hellaswag" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_two_processes_find_what_one_finds(arguments, expected, tmp_path):
@@ -156,6 +205,9 @@ def test_comparing_two_models(arguments, expected, tmp_path, capsys):
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert float(lines["forget_answer_nll"][1]) == pytest.approx(-0.525)
     assert float(lines["forget_answer_nll"][4]) == pytest.approx(2 / 2**6, rel=0.01)  # all six signs alike
+    other = [{**row, "question": f"{row['question']}!"} for row in rows]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [header, *other]))
+    assert main(["compare", str(tmp_path / "one" / "rows.jsonl"), str(tmp_path / "other.jsonl")]) == 1
     assert float(lines["forget_rougeL_recall"][1]) == 0 and float(lines["forget_rougeL_recall"][4]) == 1
     assert main(["compare", str(tmp_path / "one" / "rows.jsonl"), str(tmp_path / "none.jsonl")]) == 1
 

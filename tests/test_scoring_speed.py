@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from test_eval_scoring import ANSWERS, QUESTIONS, byte_tokenizer, one_by_one, slow_losses, small_llama
 from transformers import (
     BloomConfig,
@@ -162,3 +163,52 @@ def test_a_batch_size_in_rows_is_refused(value):
     with pytest.raises(ValueError, match="`batch_size` (counts tokens|must be a number of tokens)"):
         check_batch_size(value)
     assert check_batch_size("auto") == "auto" and check_batch_size("4096") == 4096
+
+
+def test_padding_keeps_within_the_models_positions(models, tokenizer):
+    """Catches a long prompt beside a long answer whose padding asks for a position that the model does not have."""
+    long_prompt, long_answer = "Who " + "drew the map " * 14 + "?", "Bo " + "and her sisters " * 8
+    rows = [(long_prompt, "Ada"), (long_prompt, "Bo"), ("Who?", long_answer), ("Who?", "Cy")]
+    examples = [render({"question": question, "answer": answer}, tokenizer) for question, answer in rows]
+    model, _ = models["learned positions"]
+    lengths = [len(encode(tokenizer, example)["input_ids"]) for example in examples]
+    assert max(lengths) <= 96 < max(lengths[:2]) + max(lengths[2:]) - 20
+    losses = answer_losses(model, tokenizer, examples, 2000, progress=False)
+    assert losses == pytest.approx(slow_losses(model, tokenizer, examples), abs=ROUNDING)
+
+
+def test_the_room_for_an_answer_is_its_own(models, tokenizer):
+    """Catches an answer that is cut off earlier because a longer prompt is in the batch, or was before a resume."""
+    model, _ = models["learned positions"]
+    examples = [
+        render({"question": question, "answer": "Ada"}, tokenizer) for question in ("Who?", "Who " + "drew it " * 12)
+    ]
+    together = greedy_answers(model, tokenizer, examples, max_new_tokens=90, progress=False)
+    alone = [greedy_answers(model, tokenizer, [each], max_new_tokens=90, progress=False)[0] for each in examples]
+    assert together == alone and len(together[0]) > len(together[1])
+
+
+def test_learnt_prompts_are_not_shared(tokenizer, examples):
+    """Catches keys of ours that peft replaces by those of its own prompt, without a word."""
+    settings = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(small_llama(), settings).eval()
+    assert not can_continue(model)
+    together = answer_losses(model, tokenizer, examples[:6], progress=False)
+    alone = [answer_losses(model, tokenizer, [example], progress=False)[0] for example in examples[:6]]
+    assert together == pytest.approx(alone, abs=ROUNDING)
+
+
+def test_the_end_of_a_turn_is_no_answer():
+    """Catches hits on what a chat template writes after every answer."""
+    tokenizer = byte_tokenizer(QUESTIONS + ANSWERS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<|eot|>\n{% endfor %}"
+    model = small_llama().eval()
+    model.resize_token_embeddings(len(tokenizer))
+    row = render({"question": "Who?", "answer": "Ada"}, tokenizer)
+    (score,) = (score for _, score in score_answers(model, tokenizer, [row], progress=False))
+    own = len(tokenizer("Ada", add_special_tokens=False)["input_ids"])
+    assert len(score.log_probs) == own + 2 and len(score.content.hits) == own
+    text = render({"text": "the old lighthouse"}, byte_tokenizer(QUESTIONS + ANSWERS))
+    (score,) = (score for _, score in score_answers(small_llama().eval(), tokenizer, [text], progress=False))
+    assert len(score.content.log_probs) == len(tokenizer("the old lighthouse")["input_ids"]) - 1

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..evaluation import ask
-from ..models import load_model, load_tokenizer, weights_digest
+from ..models import load_model, load_tokenizer, setup_digest, weights_digest
 from ..rows import make_header, read_rows, write_rows
 from ..running import finished_rows, questions_digest
 from ..suites.base import Part, Suite
@@ -162,7 +162,8 @@ class Attacker:
             "attack": attack,
             **self._settings(attack, tokenizer),
         }
-        hashes = {"weights": weights, "questions": questions_digest(self.questions.rows)}
+        hashes = {"weights": weights, "setup": setup_digest(model, tokenizer)}
+        hashes["questions"] = questions_digest(self.questions.rows)
         header = make_header(name, settings, self.args.seed, self.questions.suite.name, **hashes)
         return {**header, "device": str(model.device), "batch_size": self.args.batch_size}
 

@@ -209,8 +209,10 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def can_continue(model: PreTrainedModel) -> bool:
     """
     Whether a forward can go on from the keys and values of another, at given positions. Recurrent models keep a state
-    instead, and those without position ids take no gaps.
+    instead, those without position ids take no gaps, and learnt prompts are themselves keys and values.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
     known = inspect.signature(forward_of(model)).parameters
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
     return {"past_key_values", "position_ids"} <= known.keys() and set(layers) <= ATTENTION_LAYERS

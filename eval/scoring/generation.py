@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.engines import Engine
@@ -28,6 +29,8 @@ from .batches import (
     token_batches,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # Rows that are done leave a batch once they are this share of it: to move the others costs a copy of their keys.
 DONE_SHARE = 8
@@ -55,7 +58,7 @@ def generate_answers(
         batch_size (`int` or `str`, *optional*, defaults to `"auto"`):
             Tokens whose keys and values are kept at once, new ones included; by default what the memory allows.
         max_new_tokens (`int`, *optional*, defaults to 200):
-            Where an answer is cut off. Less if the longest prompt leaves no room for it within the model's limit.
+            Where an answer is cut off; earlier, with a warning, where its prompt leaves less room in the model.
         engine ([`~soul_trainer.engines.Engine`], *optional*): That runs the model, if processes share the examples.
         description (`str`, *optional*): Name of the progress bar.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
@@ -68,13 +71,14 @@ def generate_answers(
         ValueError: If an example has no prompt, or a prompt leaves no room within the model's limit.
     """
     prompts = _prompt_ids(tokenizer, examples)
-    settings = _greedy_settings(model, tokenizer, prompts, max_new_tokens)
-    units = [Unit(place, len(prompt), 1, settings.max_new_tokens) for place, prompt in enumerate(prompts)]
+    bounds = _bounds(model, tokenizer, prompts, max_new_tokens)
+    settings = _greedy_settings(model, tokenizer, max_new_tokens)
+    units = [Unit(place, len(prompt), 1, bounds[place]) for place, prompt in enumerate(prompts)]
     batches = token_batches(units, cache_budget(model, batch_size), engine, most_rows(model))
     decode = _decode if can_continue(model) else _generate
 
     def run(batch: list[int]) -> list[list[int]]:
-        return decode(model, [prompts[place] for place in batch], settings, engine)
+        return decode(model, [prompts[place] for place in batch], [bounds[place] for place in batch], settings, engine)
 
     with (
         eval_mode(model),
@@ -111,9 +115,13 @@ def greedy_answers(
 
 
 def _decode(
-    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, engine: Engine | None
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    bounds: list[int],
+    settings: GenerationConfig,
+    engine: Engine | None,
 ) -> list[list[int]]:
-    """New tokens of each prompt, without the end of sequence."""
+    """At most as many new tokens of each prompt as its bound, without the end of sequence."""
     device = device_of(model, engine)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -121,8 +129,10 @@ def _decode(
     end_tokens = set(settings.eos_token_id)
     ids, mask = (tensor.to(device) for tensor in pad(prompts, side="left"))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # A row that is done goes on for nothing until it leaves, and must not leave the model's positions meanwhile.
+    last_position = max(len(prompt) + bound for prompt, bound in zip(prompts, bounds)) - 1
     cache = None
-    for step in range(settings.max_new_tokens):
+    while True:
         outputs = model(
             input_ids=ids,
             attention_mask=mask,
@@ -137,28 +147,32 @@ def _decode(
             is_done[place] = is_done[place] or token in end_tokens
             if not is_done[place]:
                 answers[place].append(token)
+                is_done[place] = len(answers[place]) == bounds[place]
         kept = [row for row, place in enumerate(alive) if not is_done[place]]
-        if step + 1 == settings.max_new_tokens or not any_process(bool(kept), engine):
-            break
+        if not any_process(bool(kept), engine):
+            return answers
         if kept and len(alive) - len(kept) > len(alive) // DONE_SHARE:
             rows = torch.tensor(kept, device=device)
             cache.batch_select_indices(rows)
             ids, mask, positions = ids[rows], mask[rows], positions[rows]
             alive = [alive[row] for row in kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return answers
+        positions = (positions[:, -1:] + 1).clamp(max=last_position)
 
 
 def _generate(
-    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig, engine: Engine | None
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    bounds: list[int],
+    settings: GenerationConfig,
+    engine: Engine | None,
 ) -> list[list[int]]:
     """The same by transformers' own loop, for models whose state is not keys and values."""
     device = device_of(model, engine)
     ids, mask = pad(prompts, side="left", value=settings.pad_token_id)
     in_step = engine is not None and engine.shards
     tokens = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), synced_gpus=in_step)
-    return tokens[:, ids.shape[1] :].tolist()
+    return [row[:bound] for row, bound in zip(tokens[:, ids.shape[1] :].tolist(), bounds)]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[int]]:
@@ -170,20 +184,27 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> 
     return prompts
 
 
-def _greedy_settings(
+def _bounds(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> GenerationConfig:
+) -> list[int]:
+    """New tokens of each prompt, which depend on no other prompt."""
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, but it is {max_new_tokens}.")
-    limit = longest_input(model, tokenizer)
-    if limit:
-        # One bound for all rows, so that it does not depend on which rows share a batch.
-        longest_prompt = max(map(len, prompts), default=0)
-        max_new_tokens = min(max_new_tokens, limit - longest_prompt)
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"a prompt of {longest_prompt} tokens leaves no room for an answer within the model's {limit}."
-            )
+    limit = longest_input(model, tokenizer) or 2**30
+    bounds = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    if min(bounds, default=1) < 1:
+        longest = max(map(len, prompts))
+        raise ValueError(f"a prompt of {longest} tokens leaves no room for an answer within the model's {limit}.")
+    if num_short := sum(bound < max_new_tokens for bound in bounds):
+        logger.warning(
+            f"{num_short} of {len(prompts)} prompts leave less than {max_new_tokens} new tokens in the model."
+        )
+    return bounds
+
+
+def _greedy_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
     # A chat model may end its turns with other tokens than its tokenizer's.
     end = model.generation_config.eos_token_id
     end_tokens = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}

@@ -49,11 +49,22 @@ class AnswerScore(NamedTuple):
         z_scores (`list[float]`, *optional*):
             Log-probability of each token, less the mean of the log-probabilities under the model's own distribution at
             its place, over their standard deviation.
+        num_end (`int`): How many of the last tokens end the sequence or, in a chat, the turn.
     """
 
     log_probs: list[float]
     hits: list[bool]
     z_scores: list[float] | None = None
+    num_end: int = 0
+
+    @property
+    def content(self) -> "AnswerScore":
+        """The score of the answer alone, without what ends a sequence or a turn."""
+        return self.first(len(self.log_probs) - self.num_end)
+
+    def first(self, count: int) -> "AnswerScore":
+        """The score of the first tokens."""
+        return AnswerScore(self.log_probs[:count], self.hits[:count], self.z_scores and self.z_scores[:count])
 
     @property
     def nll(self) -> float:
@@ -108,19 +119,20 @@ def score_answers(
 
     def score_groups(batch: list[int]) -> list[tuple[list[int], list[Tensor]]]:
         prefix = _Prefix(model, [shared[index] for index in batch], rows, device)
-        units = [Unit(place, 0, 1, len(rows[place].answer) + 1) for index in batch for place in shared[index]]
+        units = [_after_prompt(place, rows[place]) for index in batch for place in shared[index]]
         batches = token_batches(units, budget)
         return [result for _, result in run_batches(batches, lambda b: score_rows(b, prefix), engine, shortest(units))]
 
     with eval_mode(model), tqdm(total=len(rows), desc=description, unit="answer", disable=not progress) as bar:
         units = [Unit(index, len(rows[group[0]].prompt) - 1, 1, 0) for index, group in enumerate(shared)]
-        batches = token_batches(units, PREFIX_BUDGETS * budget, engine)
+        batches = token_batches(units, budget * (PREFIX_BUDGETS if batch_size == AUTO else 1), engine)
         groups = run_batches(batches, score_groups, engine, shortest(units))
         units = [Unit(place, 0, 1, len(rows[place].prompt) + len(rows[place].answer)) for place in singles]
         alone = run_batches(token_batches(units, budget, engine), score_rows, engine, shortest(units))
         results = chain((result for _, several in groups for result in several), (result for _, result in alone))
         for places, tensors in _one_behind(results):
-            yield from zip(places, _scores(tensors))
+            for place, score in zip(places, _scores(tensors)):
+                yield place, score._replace(num_end=rows[place].num_end)
             bar.update(len(places))
 
 
@@ -151,20 +163,36 @@ def answer_losses(
 class _Row(NamedTuple):
     prompt: list[int]
     answer: list[int]
+    num_end: int = 0
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int | None) -> list[_Row]:
     rows, num_cut = [], 0
+    special = set(tokenizer.all_special_ids)
     for example, encoded in zip(examples, encode_all(tokenizer, examples)):
         if max_length and len(encoded["input_ids"]) > max_length:
-            encoded = encode(tokenizer, example, max_length)
+            try:
+                encoded = encode(tokenizer, example, max_length)
+            except ValueError as error:
+                raise ValueError(
+                    f"The prompt that begins {example.prompt[:60]!r} leaves no room for an answer within the model's "
+                    f"{max_length} tokens: shorten it, or leave the row out."
+                ) from error
             num_cut += 1
         ids, labels = encoded["input_ids"], encoded["labels"]
         num_prompt = labels.count(IGNORE_INDEX)
-        rows.append(_Row(ids[:num_prompt], ids[num_prompt:]))
+        rows.append(_Row(ids[:num_prompt], ids[num_prompt:], _num_end(tokenizer, special, ids[num_prompt:])))
     if num_cut:
         logger.warning(f"{num_cut} of {len(rows)} answers are cut off at `max_length`={max_length} tokens.")
     return rows
+
+
+def _num_end(tokenizer: PreTrainedTokenizerBase, special: set[int], answer: list[int]) -> int:
+    """Tokens from the special one at the end, after which a chat template may have written white space."""
+    count = 1
+    while count < len(answer) and answer[-count] not in special and not tokenizer.decode([answer[-count]]).strip():
+        count += 1
+    return count if answer[-count] in special and count < len(answer) else 0
 
 
 def _groups(rows: list[_Row], can_share: bool) -> tuple[list[int], list[list[int]]]:
@@ -177,6 +205,11 @@ def _groups(rows: list[_Row], can_share: bool) -> tuple[list[int], list[list[int
         groups[tuple(row.prompt) if can_share and len(row.prompt) > 1 else (-1, place)].append(place)
     shared = [group for group in groups.values() if len(group) > 1]
     return [group[0] for group in groups.values() if len(group) == 1], shared
+
+
+def _after_prompt(place: int, row: _Row) -> Unit:
+    # The keys of the prompt are in the batch once a row.
+    return Unit(place, len(row.prompt) - 1, 1, len(row.answer) + 1)
 
 
 class _Prefix:
@@ -215,7 +248,8 @@ def _forward(
     shared = {}
     if prefix:
         cache, prefix_mask = prefix
-        positions = prefix_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1])
+        # Padding has the position of the last token, since the next may be one that the model does not have.
+        positions = prefix_mask.sum(1, keepdim=True) + (mask.cumsum(1) - 1)
         shared = {"past_key_values": cache, "position_ids": positions.to(device)}
         mask = torch.cat([prefix_mask, mask], dim=1)
     logits = model(

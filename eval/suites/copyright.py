@@ -127,7 +127,7 @@ def parts(row: dict, arguments: CopyrightArguments) -> list[Part]:
                 "`continuation_tokens`."
             )
         # A passage is followed by more text and not by the end of sequence, which is scored with any answer.
-        own = type(score)(*(values[:num_tokens] for values in score))
+        own = score.first(num_tokens)
         return {"answer_nll": own.nll, **token_fields(own)}
 
     def overlap(text: str) -> dict:

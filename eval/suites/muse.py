@@ -243,7 +243,7 @@ def _membership_fields(scores: list) -> dict:
 
 def _without_end(score):
     """The score without the end of sequence, which is not of the text: MUSE and OpenUnlearning leave it out."""
-    return type(score)(*(values[:-1] for values in score))
+    return score.content
 
 
 def _privacy(splits: dict[str, list[dict]], gold: dict[str, list[dict]] | None) -> dict[str, Figure]:

@@ -192,8 +192,7 @@ def parts(row: dict, arguments: TofuArguments) -> list[Part]:
             "answer_nll": answer,
             "paraphrased_nll": others[0] if paraphrased else answer,
             "perturbed_nll": others[len(paraphrased) :],
-            # Without the end of sequence, which says nothing of the answer.
-            **({"answer_hits": [int(hit) for hit in scores[0].hits[:-1]]} if row["split"] == "forget" else {}),
+            **({"answer_hits": [int(hit) for hit in scores[0].content.hits]} if row["split"] == "forget" else {}),
         }
 
     asked = [Part("losses", with_answers(row["answer"], *paraphrased, *row["perturbed_answer"]), nlls)]
