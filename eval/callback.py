@@ -9,16 +9,12 @@ from dataclasses import fields
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from soul_trainer.engines import make_engine
 
 from .evaluation import ask
 from .statistics import Figure, values
 from .suites import SUITES
-
-
-logger = logging.get_logger(__name__)
 
 
 class EvalCallback(TrainerCallback):

@@ -47,7 +47,12 @@ def ask(
     Raises:
         ValueError: If a row cannot be rendered (it is named), or a prompt is too long (its beginning is).
     """
-    parts = {(row["split"], row["index"], part.name): part for row in rows for part in parts_of(row)}
+    keys_of = []
+    parts: dict[Key, Part] = {}
+    for row in rows:
+        own = {(row["split"], row["index"], part.name): part for part in parts_of(row)}
+        keys_of.append(list(own))
+        parts |= own
     found = dict(journal.done) if journal else {}
     todo = {key: part for key, part in parts.items() if key not in found}
     passes: dict[tuple, dict[Key, Part]] = defaultdict(dict)
@@ -67,8 +72,8 @@ def ask(
             answers = _whole_parts(model, tokenizer, examples, scoring)
         found |= _finished(answers, members, journal, engine)
     merged = []
-    for row in rows:
-        fields = [found[row["split"], row["index"], part.name] for part in parts_of(row)]
+    for row, keys in zip(rows, keys_of):
+        fields = [found[key] for key in keys]
         merged.append({name: value for each in (row, *fields) for name, value in each.items()})
     return merged
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..metrics.exact_memorization.formula import exact_memorization
-from ..metrics.extraction_strength.formula import extraction_strength
 from ..rows import check_rows
 from ..statistics import Figure, mean_figure
 from .base import DETAILS, GENERATION, Part, Suite, column, match_rows
 from .membership import token_fields
+from .memorization import memorization_values
 from .sources import JSON_FILES, check_exists, load_split, spread
 
 
@@ -177,11 +176,7 @@ def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:
 
 def _row_values(rows: list[dict]) -> dict[str, np.ndarray]:
     found = {name: values for name, key in MEANS.items() if (values := column(rows, key))}
-    if hits := column(rows, HITS):
-        hits = [np.asarray(row, dtype=bool) for row in hits]
-        found["exact_memorization"] = exact_memorization(hits)
-        found["extraction_strength"] = extraction_strength(hits)
-    return found
+    return found | memorization_values(rows, HITS)
 
 
 def _texts(source: str, split: str, arguments: CopyrightArguments, name: str) -> list[str]:

@@ -29,8 +29,13 @@ def membership_parts(answer: dict, with_gradient: bool = False) -> list[Part]:
 
     parts = [Part("membership", [answer, {**answer, key: answer[key].lower()}], finish, DETAILS)]
     if with_gradient:
-        parts.append(Part("gradient", [answer], lambda norm: {"gradient_norm": norm}, GRADIENT))
+        parts.append(gradient_part(answer))
     return parts
+
+
+def gradient_part(answer: dict) -> Part:
+    """The norm of the gradient of a row's loss, which takes a backward: field `gradient_norm`."""
+    return Part("gradient", [answer], lambda norm: {"gradient_norm": norm}, GRADIENT)
 
 
 def token_fields(score) -> dict:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..metrics.exact_memorization.formula import exact_memorization
-from ..metrics.extraction_strength.formula import extraction_strength
 from ..metrics.membership_auc.formula import auc, auc_value
 from ..metrics.membership_scores.formula import min_k_score
 from ..metrics.privleak.formula import privleak
@@ -19,8 +17,9 @@ from ..metrics.rouge_overlap.formula import rouge_scores
 from ..metrics.shadow_attack.formula import shadow_attacks
 from ..rows import check_rows
 from ..statistics import Figure, mean_figure
-from .base import DETAILS, GENERATION, GRADIENT, Part, Suite, by_split, column, match_rows
-from .membership import TOKENS, membership_figures, row_scores, token_fields
+from .base import DETAILS, GENERATION, Part, Suite, by_split, column, match_rows
+from .membership import TOKENS, gradient_part, membership_figures, row_scores, token_fields
+from .memorization import memorization_values
 from .sources import load_rows, require_texts
 
 
@@ -106,7 +105,7 @@ def parts(row: dict, arguments: MuseArguments) -> list[Part]:
         asked = [{"text": row["text"]}, {"text": row["text"].lower()}]
         found = [Part("membership", asked, _membership_fields, DETAILS)]
         if arguments.gradient_norms:
-            found.append(Part("gradient", asked[:1], lambda norm: {"gradient_norm": norm}, GRADIENT))
+            found.append(gradient_part(asked[0]))
         return found
     prompt = [{"prompt": row["prompt"], "completion": row["end"]}]
 
@@ -169,11 +168,8 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
         scores = column(splits[split], "rougeL_f1")
         if scores:
             figures[f"{split}_rougeL"] = mean_figure(scores, split)
-    hits = column(splits[VERBMEM], "token_hits")
-    if hits:
-        hits = [np.array(row, dtype=bool) for row in hits]
-        figures["verbmem_exact_memorization"] = mean_figure(exact_memorization(hits), VERBMEM)
-        figures["verbmem_extraction_strength"] = mean_figure(extraction_strength(hits), VERBMEM)
+    for name, values in memorization_values(splits[VERBMEM], "token_hits").items():
+        figures[f"verbmem_{name}"] = mean_figure(values, VERBMEM)
     figures |= _privacy(splits, gold)
     figures |= membership_figures(splits[FORGET], splits[HOLDOUT], reference_rows)
     return figures | _shadow(splits)
@@ -232,18 +228,14 @@ def _privleak_rows(arguments: MuseArguments, tokenizer: "PreTrainedTokenizerBase
 
 
 def _memorization_fields(scores: list) -> dict:
-    own = _without_end(scores[0])
+    # The end of sequence is not of the text: MUSE and OpenUnlearning leave it out, here and below.
+    own = scores[0].content
     return {"answer_nll": own.nll, "token_hits": token_fields(own)["token_hits"]}
 
 
 def _membership_fields(scores: list) -> dict:
-    own, lowercase = (_without_end(score) for score in scores)
+    own, lowercase = (score.content for score in scores)
     return {"answer_nll": own.nll, **token_fields(own), "lowercase_nll": lowercase.nll}
-
-
-def _without_end(score):
-    """The score without the end of sequence, which is not of the text: MUSE and OpenUnlearning leave it out."""
-    return score.content
 
 
 def _privacy(splits: dict[str, list[dict]], gold: dict[str, list[dict]] | None) -> dict[str, Figure]:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..metrics.answer_probability.formula import answer_probabilities, normalised_answer_probabilities
-from ..metrics.exact_memorization.formula import exact_memorization
-from ..metrics.extraction_strength.formula import extraction_strength
 from ..metrics.forget_quality.formula import forget_quality, p_value_of
 from ..metrics.model_utility.formula import model_utility
 from ..metrics.rouge_overlap.formula import rouge_scores
@@ -23,6 +21,7 @@ from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, 
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
+from .memorization import memorization_values
 from .sources import load_split
 
 
@@ -241,10 +240,8 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
         for name, row_values in _row_values(split, split_rows[split]).items()
     }
     figures = {name: mean_figure(row_values, name.partition("_")[0]) for name, row_values in values.items()}
-    hits = [[bool(hit) for hit in row] for row in column(split_rows["forget"], "answer_hits") or []]
-    if hits:
-        for name, metric in (("exact_memorization", exact_memorization), ("extraction_strength", extraction_strength)):
-            figures[name] = mean_figure(metric(hits), "forget")
+    for name, row_values in memorization_values(split_rows["forget"], "answer_hits").items():
+        figures[name] = mean_figure(row_values, "forget")
     summary = _utility(values) | figures
     if reference_rows is not None and split_rows["forget"]:
         summary = _forget_quality(split_rows["forget"], reference_rows) | summary
