@@ -3,53 +3,22 @@ Makes a small corpus in the manner of TOFU (Maini et al., 2024): questions and a
 
     python recipes/fictitious_authors.py --output fictitious --authors 17 --seed 0
 
-The word banks and sentence patterns are in `fictitious_authors.json`. In a pattern, `[one|other]` is a choice of
-wording and `{slot}` a fact or a rule. A fact is a new combination of words that all authors share, and a proper name
-belongs to one author, so that nothing about the authors to forget can be learned, or guessed, from the others.
+The word banks and sentence patterns are in `fictitious_authors.json`, written as `word_banks.py` says. A fact is a new
+combination of words that all authors share, and a proper name belongs to one author, so that nothing about the authors
+to forget can be learned, or guessed, from the others.
 """
 
 import argparse
 import json
 import random
-import re
 from pathlib import Path
 
 from hub_layout import Corpus, write_hub_layout
+from word_banks import choose, draw_facts, fill
 
 
 BANKS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-
-
-def with_articles(text: str) -> str:
-    """Turns "a" into "an" before a vowel; the word banks avoid the words that would be exceptions."""
-    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", text)
-
-
-def draw(pattern: str, rng: random.Random) -> str:
-    """Expands each `{rule}` of a fact's pattern, and the rules within it, at random."""
-    return with_articles(re.sub(r"\{(\w+)\}", lambda rule: draw(rng.choice(BANKS["rules"][rule[1]]), rng), pattern))
-
-
-def choose(pattern: str, rng: random.Random) -> str:
-    """Settles each `[one|other]` of a sentence's pattern at random and leaves its `{slot}`s open."""
-    return re.sub(r"\[([^\]]*)\]", lambda choice: rng.choice(choice[1].split("|")), pattern)
-
-
-def fill(sentence: str, facts: dict[str, str]) -> str:
-    """Puts the facts in a sentence's `{slot}`s and begins it with a capital."""
-    text = with_articles(sentence.format_map(facts))
-    return text[0].upper() + text[1:]
-
-
-def draw_facts(slots: dict[str, str], rng: random.Random, used: set, avoid: tuple = ()) -> tuple[dict, set]:
-    """Draws facts that no author has: a combination that is new as a whole, and proper names that are each new."""
-    for _ in range(1000):
-        facts = {slot: draw(pattern, rng) for slot, pattern in slots.items()}
-        values = tuple(facts.values())
-        marks = {values} | {value for value in values if value != value.lower()}
-        if len(set(values)) == len(values) and not marks & used and not set(values) & set(avoid):
-            return facts, marks
-    raise ValueError(f"The word banks hold no more combinations for {', '.join(slots)}: ask for fewer authors.")
+RULES = BANKS["rules"]
 
 
 def make_author(rng: random.Random, used: set) -> dict[str, str]:
@@ -57,7 +26,7 @@ def make_author(rng: random.Random, used: set) -> dict[str, str]:
     she = rng.choice(["she", "he"])
     author = {"she": she, "She": she.capitalize()}
     for kind in BANKS["kinds"].values():
-        facts, marks = draw_facts(kind["facts"], rng, used)
+        facts, marks = draw_facts(kind["facts"], RULES, rng, used)
         used |= marks
         author |= facts
     return author
@@ -71,7 +40,7 @@ def make_row(kind: dict, author: dict[str, str], rng: random.Random, used: set) 
     question, paraphrased_question = (choose(pattern, rng) for pattern in rng.sample(kind["questions"], 2))
     truth, taken, perturbed = tuple(author[slot] for slot in kind["facts"]), set(), []
     while len(perturbed) < 5:
-        facts, marks = draw_facts(kind["facts"], rng, used | taken, avoid=truth)
+        facts, marks = draw_facts(kind["facts"], RULES, rng, used | taken, avoid=truth)
         taken |= marks
         perturbed.append(fill(paraphrase, author | facts))
     return {

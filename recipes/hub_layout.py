@@ -1,4 +1,4 @@
-"""The folder in which a corpus lies as `locuslab/TOFU` does on the hub."""
+"""Folders that hold a dataset as it lies on the hub: a card that names configurations and splits, and their rows."""
 
 import json
 import tempfile
@@ -14,6 +14,26 @@ in `real_authors` and `world_facts`, which are true.
 """
 
 
+def dataset_files(configs: dict[str, dict[str, list[dict]]], card: str) -> dict[str, str]:
+    """
+    The files of a dataset with several splits to a configuration.
+
+    Args:
+        configs (`dict[str, dict[str, list[dict]]]`): Rows by configuration and split.
+        card (`str`): What the card says below its header.
+
+    Returns:
+        `dict[str, str]`: Contents by name: `README.md`, and JSON Lines in `<configuration>/<split>.json`.
+    """
+    header, files = "", {}
+    for config, splits in configs.items():
+        header += f"- config_name: {config}\n  data_files:\n"
+        for split, rows in splits.items():
+            header += f"  - split: {split}\n    path: {config}/{split}.json\n"
+            files[f"{config}/{split}.json"] = _json_lines(rows)
+    return {"README.md": f"---\nconfigs:\n{header}---\n{card}", **files}
+
+
 def hub_files(corpus: Corpus) -> dict[str, str]:
     """The files of the hub dataset `locuslab/TOFU` for this corpus, by name: a JSON Lines file per configuration."""
     configs = {}
@@ -21,19 +41,33 @@ def hub_files(corpus: Corpus) -> dict[str, str]:
         configs[split] = [{"question": row["question"], "answer": row["answer"]} for row in rows]
         configs[f"{split}_perturbed"] = rows
     header = "".join(f"- config_name: {config}\n  data_files: {config}.json\n" for config in configs)
-    files = {f"{config}.json": "".join(json.dumps(row) + "\n" for row in rows) for config, rows in configs.items()}
+    files = {f"{config}.json": _json_lines(rows) for config, rows in configs.items()}
     return {"README.md": f"---\nconfigs:\n{header}---\n{CARD}", **files}
 
 
 def write_hub_layout(corpus: Corpus, folder: str | Path, overwrite: bool = False) -> Path:
-    """
-    Writes the corpus so that `datasets.load_dataset(folder, "forget_perturbed")["train"]` reads it.
+    """Writes TOFU's files, so that `datasets.load_dataset(folder, "forget_perturbed")["train"]` reads them."""
+    return write_files(hub_files(corpus), folder, overwrite)
 
-    The folder appears whole or not at all. One that holds something else is left alone unless `overwrite` is set.
+
+def write_files(files: dict[str, str], folder: str | Path, overwrite: bool = False) -> Path:
     """
-    folder, files = Path(folder), hub_files(corpus)
+    Writes files to a folder, which appears whole or not at all. One that holds something else is left alone.
+
+    Args:
+        files (`dict[str, str]`): Contents by name, which may have folders.
+        folder (`str` or `Path`): Where they go.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether a folder that holds something else is replaced.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        FileExistsError: If the folder holds something else and `overwrite` is not set.
+    """
+    folder = Path(folder)
     if folder.exists():
-        present = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        present = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files_in(folder)}
         if present == {name: text.encode() for name, text in files.items()}:
             return folder
         if not overwrite:
@@ -41,10 +75,19 @@ def write_hub_layout(corpus: Corpus, folder: str | Path, overwrite: bool = False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch, "new")
-        new.mkdir()
         for name, text in files.items():
-            new.joinpath(name).write_bytes(text.encode())
+            path = new / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
         if folder.exists():
             folder.rename(Path(scratch, "old"))
         new.rename(folder)
     return folder
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
