@@ -6,12 +6,9 @@ Makes a model forget TOFU's fictitious authors, with a first- and a second-order
     accelerate launch recipes/tofu.py --dataset locuslab/TOFU --model HUB_ID --gold HUB_ID --optim soul
 
 Without `--model`, a small target and a gold standard are trained from scratch; the next run finds them. Every flag of
-`UnlearnConfig`, and so of `TrainingArguments`, works.
+`UnlearnConfig`, and so of `TrainingArguments`, works; settings come from `recipes/configs/tofu` or `--config FILE`.
 """
 
-import hashlib
-import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,23 +16,19 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from fictitious_authors import make_corpus
 from hub_layout import write_hub_layout
-from presets import PUBLISHED, SMALL_MODEL
 from small_llama import SmallModelArguments
 from small_models import small_models
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from soul_eval.comparison import Comparison
+from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.suites import tofu
 from soul_eval.suites.sources import load_split
-from soul_trainer import UnlearnConfig, UnlearnTrainer
-from soul_trainer.config import SOPHIA_NAMES
 
 
-OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass
-class TofuArguments:
+class TofuArguments(ExperimentArguments):
     """What to forget, and which model must."""
 
     dataset: str | None = field(
@@ -49,28 +42,7 @@ class TofuArguments:
         metadata={"help": "Rows at the end of retain_perturbed that unlearning never sees; 0 is TOFU as published."},
     )
     authors: int = field(default=17, metadata={"help": "Authors in the corpus of our own."})
-    model: str | None = field(default=None, metadata={"help": "The model that must forget: hub id or folder."})
-    gold: str | None = field(default=None, metadata={"help": "The model that never learnt it, for forget quality."})
-    evaluations: int = field(default=4, metadata={"help": "Evaluations after the start of a run, for the curves."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest generation in the evaluation, in tokens."})
-
-
-def parse(optimizer: str | None = None) -> tuple[TofuArguments, SmallModelArguments, UnlearnConfig]:
-    """The command line, over defaults that depend on the model, the forget loss and the optimizer."""
-    # Without abbreviations, which `given` would miss.
-    parser = HfArgumentParser((TofuArguments, SmallModelArguments, UnlearnConfig), allow_abbrev=False)
-    presets = PUBLISHED if given("model") else SMALL_MODEL
-    parser.set_defaults(**presets["common"])
-    if optimizer:
-        forget_loss = parser.parse_args().forget_loss
-        by_loss = presets["soul" if optimizer in SOPHIA_NAMES else "adamw_torch"]
-        parser.set_defaults(optim=optimizer, **by_loss.get(forget_loss, by_loss["default"]))
-    return parser.parse_args_into_dataclasses()
-
-
-def given(flag: str) -> bool:
-    """Whether the command line has a flag."""
-    return any(argument.split("=")[0] == f"--{flag}" for argument in sys.argv[1:])
 
 
 def load_rows(
@@ -101,39 +73,25 @@ def load_rows(
     return {**learnt, "retain": retain}, asked
 
 
-def fingerprint(*parts: dict[str, Dataset]) -> str:
-    """A short hash of rows."""
-    rows = [{split: dataset.to_list() for split, dataset in part.items()} for part in parts]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def main() -> None:
-    args, small, config = parse()
-    if args.gold and not args.model:
-        raise ValueError("--gold needs --model: without it, both are trained here.")
-    _ = config.device  # accelerate's state is made by the first who asks, and must know of --use_cpu
-    folder, template = Path(config.output_dir), config.prompt_template
+    experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments)
+    args, small = experiment.arguments
+    config, folder = experiment.config, experiment.folder
     learnt, asked = load_rows(args, folder, config.seed, config.overwrite)
-    if args.model:
-        target, gold = args.model, args.gold
-    else:
-        target, gold = small_models(learnt, folder, small, config.seed, template, config.use_cpu)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-
-    settings = {"data": fingerprint(learnt), "prompt_template": template}
-    rows, how = tofu.unscored_rows(asked), {"max_new_tokens": args.max_new_tokens}
-    comparison = Comparison(folder, target, gold, "tofu", rows, how, settings, config)
-    for optimizer in [config.optim.value] if given("optim") else OPTIMIZERS:
-        config = parse(optimizer)[2]
-        config.output_dir = str(folder / optimizer)
-
-        def make_trainer(config: UnlearnConfig = config) -> UnlearnTrainer:
-            model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
-            watched = {"forget": learnt["forget"]}
-            return UnlearnTrainer(model, config, learnt["forget"], learnt["retain"], tokenizer, watched)
-
-        comparison.unlearn(OPTIMIZERS.get(optimizer, optimizer), config, make_trainer, args.evaluations)
-    comparison.write_report("Unlearning fictitious authors")
+    target, gold = args.model, args.gold
+    if not target:
+        target, gold = small_models(learnt, folder, small, config.seed, config.prompt_template, config.use_cpu)
+    task = UnlearningTask(
+        suite="tofu",
+        title="Unlearning fictitious authors",
+        target=target,
+        gold=gold,
+        forget=learnt["forget"],
+        retain=learnt["retain"],
+        rows=tofu.unscored_rows(asked),
+        asked={"max_new_tokens": args.max_new_tokens},
+    )
+    experiment.run(task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""
+What recipes share: settings from the command line and from files, a run for each optimizer, the report.
+
+A recipe names its rows and its models; see `recipes/tofu.py`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer.config import SOPHIA_NAMES
+
+from .comparison import Comparison
+from .report import Run
+from .settings_files import DEFAULTS_FILE, SettingsParser, settings_file
+
+
+logger = logging.get_logger(__name__)
+
+# The optimizers of a comparison, as the report calls them.
+OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
+# Makes the forget rows of a loss that needs more than rows have, before training:
+# (forget rows, model, tokenizer, config) -> forget rows, by name of the loss.
+PREPARATIONS: dict[str, Callable[[Dataset, PreTrainedModel, PreTrainedTokenizerBase, UnlearnConfig], Dataset]] = {}
+
+
+@dataclass
+class ExperimentArguments:
+    """What every recipe asks. A recipe adds fields, and may give these a help of its own."""
+
+    config: str | None = field(
+        default=None,
+        metadata={"help": "YAML file of settings; by default the task's for the optimizer and the forget loss."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder; by default a corpus of our own."}
+    )
+    model: str | None = field(default=None, metadata={"help": "The model that must forget: hub id or folder."})
+    gold: str | None = field(default=None, metadata={"help": "The model that never learnt it: hub id or folder."})
+    evaluations: int = field(default=4, metadata={"help": "Evaluations after the start of a run, for the curves."})
+
+    def __post_init__(self):
+        if self.gold and not self.model:
+            raise ValueError("`gold` (--gold) needs `model` (--model): without it, both are trained here.")
+        if self.evaluations < 1:
+            raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
+
+
+@dataclass
+class UnlearningTask:
+    """
+    What a recipe hands over to its experiment.
+
+    Attributes:
+        suite (`str`): Name of the suite that asks the models.
+        title (`str`): Of the report.
+        target (`str`): Hub id or folder of the model that must forget.
+        forget ([`~datasets.Dataset`]): Rows to forget, in any format of `soul_trainer.formats`.
+        retain ([`~datasets.Dataset`]): Rows whose knowledge is to be kept.
+        rows (`list[dict]`): The suite's rows, unscored.
+        asked (`dict`, *optional*): Fields of the suite's arguments.
+        gold (`str`, *optional*): Hub id or folder of the model that never learnt the forget rows.
+        settings (`dict`, *optional*): What else results depend on: those of other settings are not used again.
+    """
+
+    suite: str
+    title: str
+    target: str
+    forget: Dataset
+    retain: Dataset
+    rows: list[dict]
+    asked: dict = field(default_factory=dict)
+    gold: str | None = None
+    settings: dict = field(default_factory=dict)
+
+
+class Experiment:
+    """
+    A recipe's runs. Settings are those of the command line, over those of the file, over the task's defaults:
+
+    1. `<configs>/<task>/defaults.yaml` or, without `--model`, `<configs>/<task>/small/defaults.yaml`;
+    2. `--config FILE` or, without it, `<optimizer>_<forget_loss>.yaml` of the same folder, else `<optimizer>.yaml`,
+       where the optimizer is `soul` or, for all others, `adamw`;
+    3. the command line.
+
+    AdamW and SOUL run one after the other, unless the command line or the file names an optimizer.
+
+    Args:
+        task (`str`): Name of the folder of settings, and of the default `output_dir`, `outputs/<task>`.
+        configs (`Path`): The folder of all tasks' settings.
+        *dataclasses (`type`): The recipe's settings, first a subclass of [`ExperimentArguments`].
+        command_line (`Sequence[str]`, *optional*): By default that of the process.
+
+    Attributes:
+        arguments (`tuple`): An instance of each of `dataclasses`.
+        config ([`UnlearnConfig`]): That of the first run, but with the `output_dir` of all.
+        folder (`Path`): Where rows, runs and the report go: `output_dir`.
+        optimizers (`dict[str, str]`): Optimizers that run, and their names in the report.
+
+    Raises:
+        ValueError: If a file or a value is unusable; see [`~settings_files.SettingsParser.read`].
+    """
+
+    def __init__(self, task: str, configs: Path, *dataclasses: type, command_line: Sequence[str] | None = None):
+        self.task = task
+        self._parser = SettingsParser((*dataclasses, UnlearnConfig))
+        self._named = self._parser.named(command_line)
+        self._folder = Path(configs, task) if "model" in self._named else Path(configs, task, "small")
+        self._defaults = {"output_dir": f"outputs/{task}"}
+        if (defaults := self._folder / DEFAULTS_FILE).is_file():
+            self._defaults |= self._parser.read(defaults)
+        chosen = self._named.get("config")
+        self._chosen = None if chosen is None else self._parser.read(chosen)
+        if optimizer := ((self._chosen or {}) | self._named).get("optim"):
+            self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer)}
+        else:
+            self.optimizers = OPTIMIZERS
+        *arguments, self.config = self._parse(next(iter(self.optimizers)))
+        self.arguments = tuple(arguments)
+        self.folder = Path(self.config.output_dir)
+        # accelerate's state is made by the first who asks, and must know of --use_cpu.
+        _ = self.config.device
+
+    def settings(self, optimizer: str) -> UnlearnConfig:
+        """The settings of an optimizer's run, whose `output_dir` is a folder of the experiment's."""
+        *_, config = self._parse(optimizer)
+        config.output_dir = str(self.folder / optimizer)
+        return config
+
+    def run(self, task: UnlearningTask) -> list[Run]:
+        """
+        Unlearns with each optimizer, or finds that done, and writes the report.
+
+        Args:
+            task ([`UnlearningTask`]): What to forget.
+
+        Returns:
+            `list[Run]`: The unlearned models.
+        """
+        comparison = self.compare(task)
+        for optimizer, name in self.optimizers.items():
+            config = self.settings(optimizer)
+            make_trainer = partial(self.make_trainer, task, config)
+            comparison.unlearn(name, config, make_trainer, self.arguments[0].evaluations)
+        comparison.write_report(task.title)
+        return comparison.runs
+
+    def compare(self, task: UnlearningTask) -> Comparison:
+        """A [`Comparison`] of the task, in which target and gold have been asked."""
+        data = fingerprint({"forget": task.forget, "retain": task.retain})
+        settings = {"data": data, "prompt_template": self.config.prompt_template, **task.settings}
+        return Comparison(
+            self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config
+        )
+
+    def make_trainer(self, task: UnlearningTask, config: UnlearnConfig) -> UnlearnTrainer:
+        """The trainer of a run, with the rows as its forget loss needs them."""
+        model = AutoModelForCausalLM.from_pretrained(task.target, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(task.target)
+        forget = task.forget
+        if prepare := PREPARATIONS.get(config.forget_loss):
+            forget = prepare(forget, model, tokenizer, config)
+        return UnlearnTrainer(model, config, forget, task.retain, tokenizer, {"forget": forget})
+
+    def _parse(self, optimizer: str) -> tuple:
+        values = self._defaults | {"optim": optimizer}
+        if self._chosen is not None:
+            return self._parser.build(values | self._chosen | self._named)
+        forget_loss = (self._defaults | self._named).get("forget_loss", UnlearnConfig.forget_loss)
+        file = settings_file(self._folder, "soul" if optimizer in SOPHIA_NAMES else "adamw", forget_loss)
+        found = self._parser.read(file) if file else {}
+        return self._parser.build(values | found | {"optim": optimizer} | self._named)
+
+
+def fingerprint(*parts: dict[str, Dataset]) -> str:
+    """A short hash of rows."""
+    rows = [{split: dataset.to_list() for split, dataset in part.items()} for part in parts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
