@@ -12,7 +12,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "recipes": "rec
 FLOORS = (
     ("batch", "sophia"),
     ("log_probs", "formats", "objectives", "pairing", "collator", "config"),
-    ("engines", "records"),
+    ("engines", "records", "freezing"),
     ("registration",),
     ("reference", "curvature"),
     ("callbacks",),
