@@ -10,6 +10,7 @@ from .callbacks import HessianCallback  # noqa: E402
 from .config import SophiaArguments, UnlearnConfig  # noqa: E402
 from .curvature import estimate_hessian  # noqa: E402
 from .sophia import Sophia  # noqa: E402
+from .stopping import UnlearningStoppingCallback, gold_forget_loss  # noqa: E402
 from .trainer import UnlearnTrainer  # noqa: E402
 
 
@@ -19,6 +20,8 @@ __all__ = [
     "SophiaArguments",
     "UnlearnConfig",
     "UnlearnTrainer",
+    "UnlearningStoppingCallback",
     "estimate_hessian",
+    "gold_forget_loss",
     "register",
 ]

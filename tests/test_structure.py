@@ -15,7 +15,7 @@ FLOORS = (
     ("engines", "records", "freezing"),
     ("registration",),
     ("reference", "curvature"),
-    ("callbacks",),
+    ("callbacks", "stopping"),
     ("trainer",),
     ("__init__",),
     ("__main__", "consolidate"),
