@@ -20,7 +20,7 @@ from ..statistics import Figure, mean_figure
 from .base import DETAILS, GENERATION, Part, Suite, column, match_rows
 from .membership import token_fields
 from .memorization import memorization_values
-from .sources import JSON_FILES, check_exists, load_split, spread
+from .sources import load_texts, spread
 
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def load(arguments: CopyrightArguments, tokenizer: "PreTrainedTokenizerBase") ->
         sources[RETAIN] = (arguments.retain_text, arguments.retain_split, "retain_text")
     rows = []
     for side, (source, split, name) in sources.items():
-        texts = _texts(source, split, arguments, name)
+        texts = load_texts(source, arguments.config, split, arguments.revision, name)
         passages = _passages(texts, tokenizer, lengths, arguments, f"`{name}`={source!r}")
         for place, length in enumerate(lengths):
             for index, passage in enumerate(passages):
@@ -177,18 +177,6 @@ def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:
 def _row_values(rows: list[dict]) -> dict[str, np.ndarray]:
     found = {name: values for name, key in MEANS.items() if (values := column(rows, key))}
     return found | memorization_values(rows, HITS)
-
-
-def _texts(source: str, split: str, arguments: CopyrightArguments, name: str) -> list[str]:
-    path = check_exists(source, name)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not path.exists() or not files or path.suffix in JSON_FILES:
-        rows = load_split(source, arguments.config, split, arguments.revision, ("text",), name)
-        return [text for text in rows["text"] if text]
-    try:
-        return [file.read_text(encoding="utf-8") for file in files]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{name}`={source!r} is not text in UTF-8: {error}.") from error
 
 
 def _passages(

@@ -56,6 +56,40 @@ def load_split(
     return rows
 
 
+def load_texts(
+    source: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    name: str = "dataset",
+) -> list[str]:
+    """
+    Loads texts.
+
+    Args:
+        source (`str`): A text file, a folder of `.txt` files, or a dataset with a column `text`; see [`load_split`].
+        config (`str`, *optional*): Configuration of a dataset.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset.
+        revision (`str`, *optional*): Revision of a dataset on the hub.
+        name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
+
+    Returns:
+        `list[str]`: One for each file or row; empty rows are left out.
+
+    Raises:
+        ValueError: If there is no such source, a file is not UTF-8, or a dataset has no column `text`.
+    """
+    path = check_exists(source, name)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not path.exists() or not files or path.suffix in JSON_FILES:
+        rows = load_split(source, config, split, revision, ("text",), name)
+        return [text for text in rows["text"] if text]
+    try:
+        return [file.read_text(encoding="utf-8") for file in files]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{name}`={source!r} is not text in UTF-8: {error}.") from error
+
+
 def load_rows(
     dataset: str, config: str, split: str, columns: tuple[str, ...], revision: str | None = None
 ) -> list[dict]:
