@@ -14,11 +14,11 @@ FLOORS = (
     ("log_probs", "formats", "objectives", "pairing", "collator", "config"),
     ("engines", "records", "freezing"),
     ("registration",),
-    ("reference", "curvature"),
+    ("reference", "curvature", "attribution", "perturbation", "gauss_newton", "sampling"),
     ("callbacks", "stopping"),
     ("trainer",),
     ("__init__",),
-    ("__main__", "consolidate"),
+    ("__main__", "consolidate", "influence"),
 )
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 SHORTER_FILES = {"soul_trainer/trainer.py": 250, **{str(p.relative_to(ROOT)): 150 for p in ROOT.glob("recipes/*.py")}}

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn import Module
 
-from .base import Engine, find_sophia
+from .base import Engine, find_sophia, trained_parameters
 from .checkpoints import ShardedCheckpointMixin, damage_of, whole_checkpoint
 from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
 from .deepspeed import DeepSpeedEngine
@@ -36,6 +36,7 @@ __all__ = [
     "rows_per_forward",
     "save_checkpoint",
     "stop_at_rows",
+    "trained_parameters",
     "whole_checkpoint",
 ]
 

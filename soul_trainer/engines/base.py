@@ -1,6 +1,6 @@
 """What unlearning asks of an engine, and the answer of one process and of DistributedDataParallel."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -25,6 +25,10 @@ class LocalState(NamedTuple):
     name: str
     group: int
     state: dict[str, Tensor]
+
+
+# Float16's loss scale is halved by each: from 2^16, where it starts, to where none is left.
+MOST_OVERFLOWS = 24
 
 
 class Engine:
@@ -143,6 +147,68 @@ class Engine:
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
 
+    def gradients(self, model: torch.nn.Module, backward: Callable[[], None]) -> list[Tensor]:
+        """
+        Gradients for another use than a step, between two steps. Those that parameters have must be set aside.
+
+        Args:
+            model (`torch.nn.Module`): The model, wrapped by its engine or not.
+            backward (`Callable`):
+                Calls [`Engine.backward`] for each micro-batch. It is called again where float16 overflows, at a lower
+                loss scale.
+
+        Returns:
+            `list[torch.Tensor]`: This process's parts, unscaled, in the order of [`Engine.local_weights`].
+
+        Raises:
+            FloatingPointError: If float16 overflows at every loss scale.
+        """
+        parameters = trained_parameters(model)
+        scaler = self.accelerator.scaler if self.accelerator else None
+        for _ in range(MOST_OVERFLOWS):
+            backward()
+            gradients = [
+                torch.zeros_like(weight) if parameter.grad is None else self.local({"": parameter.grad})[""]
+                for parameter, weight in zip(parameters, self.local_weights(model))
+            ]
+            for parameter in parameters:
+                parameter.grad = None
+            if scaler is None:
+                return gradients
+            scale = scaler.get_scale()
+            for gradient in gradients:
+                gradient.div_(scale)
+            if not self.sum_over_parts(model, [(~gradient.isfinite()).sum() for gradient in gradients]):
+                return gradients
+            scaler.update(scale * scaler.get_backoff_factor())
+        raise FloatingPointError("The gradient overflows float16 at every loss scale.")
+
+    def sum_over_parts(self, model: torch.nn.Module, numbers: list[Tensor]) -> Tensor:
+        """
+        Sums what is said of each part of the weights, every weight once, whoever holds it.
+
+        Args:
+            model (`torch.nn.Module`): The model, wrapped by its engine or not.
+            numbers (`list[torch.Tensor]`): Tensors of shape `()`, one of each part, as [`Engine.local_weights`].
+
+        Returns:
+            `torch.Tensor` of shape `()`: The same on every process.
+        """
+        own = [number for parameter, number in zip(trained_parameters(model), numbers) if self.owns(parameter)]
+        return self.sum(torch.stack(own).sum() if own else torch.zeros_like(numbers[0]))
+
+    def owns(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether this process is the one, of those that hold the same part of a parameter, to count it in a sum."""
+        return self.process_index == 0
+
+    def whole(self, parameter: torch.nn.Parameter, part: Tensor) -> Tensor:
+        """The whole of what each process holds a part of, as it does of the parameter; every process must call it."""
+        return part
+
+    def part(self, parameter: torch.nn.Parameter, whole: Tensor) -> Tensor:
+        """This process's part of a tensor of the parameter's shape; undoes [`Engine.whole`]."""
+        return whole
+
     def refresh(self, optimizer: torch.optim.Optimizer, scale: float, decay: float | None, square: bool) -> bool:
         """
         Sends the gradients through the engine's own step into the Hessian.
@@ -182,10 +248,23 @@ class Engine:
         The tensors in which this process holds what training changes of the model, in an order that stays. Writing to
         them changes the model, and no autograd graph hears of it.
         """
-        return [parameter.data for parameter in model.parameters() if parameter.requires_grad]
+        return [parameter.data for parameter in trained_parameters(model)]
+
+    def swap_weights(self, model: torch.nn.Module, others: list[Tensor]) -> None:
+        """Exchanges the values of [`Engine.local_weights`] and of `others`. Not between a forward and its backward."""
+        self.forget_gathered(model)
+        for weight, other in zip(self.local_weights(model), others):
+            now = weight.clone()
+            weight.copy_(other)
+            other.copy_(now)
 
     def forget_gathered(self, model: torch.nn.Module) -> None:
         """Drops whole weights that the engine kept after a forward: the next one reads [`Engine.local_weights`]."""
+
+
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that training changes, in the order of [`Engine.local_weights`]."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def find_sophia(optimizer: torch.optim.Optimizer | None) -> Sophia | None:

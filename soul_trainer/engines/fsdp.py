@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .base import Engine, LocalState
+from .base import Engine, LocalState, trained_parameters
 
 
 class FSDP2Engine(Engine):
@@ -42,7 +42,28 @@ class FSDP2Engine(Engine):
 
     def local_weights(self, model: torch.nn.Module) -> Iterable[Tensor]:
         """The local tensors of the parameters."""
-        return [_local(parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        return [_local(parameter.data) for parameter in trained_parameters(model)]
+
+    def owns(self, parameter: torch.nn.Parameter) -> bool:
+        """The first of replicas, where there are some; an adapter beside a sharded model is one on each process."""
+        if not isinstance(parameter, DTensor):
+            return super().owns(parameter)
+        places = zip(parameter.device_mesh.get_coordinate(), parameter.placements)
+        return all(coordinate == 0 for coordinate, placement in places if placement.is_replicate())
+
+    def whole(self, parameter: torch.nn.Parameter, part: Tensor) -> Tensor:
+        """Gathers the parts, of one parameter."""
+        if not isinstance(parameter, DTensor):
+            return part
+        layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **layout).full_tensor()
+
+    def part(self, parameter: torch.nn.Parameter, whole: Tensor) -> Tensor:
+        """Cuts it out, without a word to the other processes, which have the same whole."""
+        if not isinstance(parameter, DTensor):
+            return whole
+        sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return sharded.to_local()
 
     def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:
         """As one process's, of the sharded parameters, which are those of the optimizer."""
