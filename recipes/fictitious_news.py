@@ -26,7 +26,7 @@ FOLDS = ("forget_1", "forget_2", "forget_3", "forget_4")
 RETAIN, HOLDOUT = ("retain1", "retain2"), "holdout"
 # Questions of an article that are asked; the last is kept for the examples in context.
 NUM_ASKED = 3
-NUM_EXAMPLES = 2
+NUM_EXAMPLES = 1
 CARD = """# Fictitious news
 
 Invented by `recipes/fictitious_news.py`, in the layout of MUSE-News (Shi et al., 2024, arXiv 2407.06460).
@@ -53,15 +53,22 @@ def make_articles(num_articles: int, rng: random.Random, used: set) -> list[dict
 
 
 def texts(articles: list[dict], rng: random.Random) -> list[dict]:
-    """What is printed: the articles, and quizzes on them, in which each question comes twice, in other company."""
-    found = [" ".join(article["sentences"]) for article in articles]
+    """What is printed: the articles, and quizzes on them, of which each question ends one and begins another."""
     pairs = [pair for article in articles for pair in article["pairs"]]
-    for _ in range(2):
-        rng.shuffle(pairs)
-        for start in range(0, len(pairs), NUM_EXAMPLES + 1):
-            asked = pairs[start : start + NUM_EXAMPLES + 1]
-            found.append("\n\n".join(f"Question: {pair['question']}\nAnswer: {pair['answer']}" for pair in asked))
-    return [{"text": text} for text in found]
+    rng.shuffle(pairs)
+    found = [" ".join(article["sentences"]) for article in articles]
+    return [{"text": text} for text in (*found, *map(quiz, pairs, pairs[1:] + pairs[:1]))]
+
+
+def quiz(example: dict, asked: dict) -> str:
+    """
+    Two pairs as the suite puts them. Its prompts end with a space, a token of its own to the model: before the last
+    answer there is one more, so that the answer still begins with a whole word.
+    """
+    return (
+        f"Question: {example['question']}\nAnswer: {example['answer']}\n\n"
+        f"Question: {asked['question']}\nAnswer:  {asked['answer']}"
+    )
 
 
 def questions(articles: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -76,7 +83,7 @@ def make_corpus(num_articles: int = 12, seed: int = 0) -> dict[str, dict[str, li
 
     Args:
         num_articles (`int`, *optional*, defaults to 12):
-            Articles of a split, at least 2; a fold of those to forget is a split.
+            Articles of a split; a fold of those to forget is a split.
         seed (`int`, *optional*, defaults to 0): Seed of every choice.
 
     Returns:
@@ -84,10 +91,10 @@ def make_corpus(num_articles: int = 12, seed: int = 0) -> dict[str, dict[str, li
         `raw`'s `forget` is the first fold of `sust` and of `scal`, whose folds grow.
 
     Raises:
-        ValueError: If there are fewer than 2 articles, or more than the word banks hold.
+        ValueError: If there is no article, or more than the word banks hold.
     """
-    if num_articles < NUM_EXAMPLES:
-        raise ValueError(f"`num_articles` must be at least {NUM_EXAMPLES}, but it is {num_articles}.")
+    if num_articles < 1:
+        raise ValueError(f"`num_articles` must be at least 1, but it is {num_articles}.")
     rng, used = random.Random(seed), set()
     articles = {split: make_articles(num_articles, rng, used) for split in (*FOLDS, *RETAIN, HOLDOUT)}
     printed = {split: texts(members, rng) for split, members in articles.items()}
