@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.engines import Engine
-from soul_trainer.records import run_settings
+from soul_trainer.records import EVALUATION_FILE, run_settings
 
 from . import report
 from .callback import EvalCallback
@@ -27,6 +28,9 @@ from .suites import SUITES
 class Comparison:
     """
     The target, the gold model, and what optimizers make of the target.
+
+    Rows of a run lie beside its folder, not in it: they hold what was to be forgotten, and a model's folder is what
+    `push_to_hub` uploads.
 
     Args:
         folder (`Path`): Where rows and the report go.
@@ -56,12 +60,29 @@ class Comparison:
         self.folder, self.target, self.config = folder, target, config
         self.suite, self.rows, self.asked = SUITES[suite], rows, asked
         self.settings = {"suite": suite, "questions": questions_digest(rows), **asked, **settings}
-        found = {role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name}
-        self.gold_rows = found.get("gold")
-        self.references = {
-            role: report.Run(role, self._figures(role_rows), role_rows, role=role) for role, role_rows in found.items()
+        self._found = {
+            role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name
         }
+        self.references = self.references_on(rows)
         self.runs: list[report.Run] = []
+
+    def references_on(self, rows: list[dict]) -> dict[str, report.Run]:
+        """
+        Args:
+            rows (`list[dict]`): Some of the comparison's.
+
+        Returns:
+            `dict[str, Run]`: `target` and, if there is one, `gold`, with their figures on those rows.
+        """
+        return {
+            role: report.Run(role, self.figures(same_rows(found, rows)), same_rows(found, rows), role=role)
+            for role, found in self._found.items()
+        }
+
+    def figures(self, rows: list[dict]) -> dict[str, Figure]:
+        """The suite's figures of a model's rows, against the gold model's on the same rows if there is one."""
+        gold = self._found.get("gold")
+        return self.suite.summarise(rows, None if gold is None else same_rows(gold, rows))
 
     def unlearn(
         self,
@@ -69,47 +90,56 @@ class Comparison:
         config: UnlearnConfig,
         make_trainer: Callable[[], UnlearnTrainer],
         num_evaluations: int,
+        target: str | None = None,
+        rows: list[dict] | None = None,
     ) -> report.Run:
         """
-        Adds a run, which is made unless its folder holds it, and puts its figures into its model card.
+        Adds a run, which is made unless it is there, and puts its figures into its model card.
 
         Args:
             name (`str`): What the report calls it.
             config ([`UnlearnConfig`]): The trainer's.
             make_trainer (`Callable`): Makes the trainer, if it is needed.
             num_evaluations (`int`): Evaluations after the start, for the curves.
+            target (`str`, *optional*): The model that this run starts from, if it is another than the comparison's.
+            rows (`list[dict]`, *optional*): Those of the comparison's rows that this run asks; by default all.
 
         Raises:
-            ValueError: If the folder holds a finished run with other settings, and `overwrite` is not set.
+            ValueError: If there is a finished run with other settings, and `overwrite` is not set.
         """
-        folder, identity = Path(config.output_dir), {"target": self.target, **self.settings, **run_settings(config)}
-        rows_file = folder / "rows.jsonl"
+        target, rows = target or self.target, self.rows if rows is None else rows
+        folder = Path(config.output_dir)
+        identity = {"target": target, **self.settings, **run_settings(config)}
+        if rows is not self.rows:
+            identity["questions"] = questions_digest(rows)
+        rows_file = rows_file_of(config)
         if config.overwrite or not rows_file.exists():
-            self._train(make_trainer(), rows_file, identity, num_evaluations)
+            self._train(make_trainer(), rows, identity, num_evaluations)
         elif read_rows(rows_file)[0].get("settings") != identity:
             raise ValueError(
                 f"{folder} holds a finished run with other settings or data: add --overwrite to replace it, or choose "
                 "another --output_dir."
             )
-        self.runs.append(self._read(folder, name))
+        self.runs.append(self._read(config, name))
         if PartialState().is_main_process:
-            section = report.model_card_section(self.runs[-1], self.references["target"], self.references.get("gold"))
-            report.add_to_model_card(folder / "README.md", section)
+            for card in (EVALUATION_FILE, "README.md"):
+                report.add_to_model_card(folder / card, self._card_section(self.runs[-1]))
         return self.runs[-1]
 
-    def write_report(self, title: str) -> None:
-        """Writes the report into the folder and prints its table."""
+    def write_report(self, title: str, notes: str | Sequence[str] = ()) -> None:
+        """Writes the report into the folder and prints its table; see [`~report.write_report`]."""
         if not PartialState().is_main_process:
             return
         gold = [self.references["gold"]] if "gold" in self.references else []
         everyone = [self.references["target"], *self.runs, *gold]
-        report.write_report(self.folder, title, everyone)
+        report.write_report(self.folder, title, everyone, notes)
         print(
             f"\n{report.table(everyone)}\n\n{self.folder / 'report.html'} explains the figures and shows the curves."
         )
 
-    def _figures(self, rows: list[dict]) -> dict[str, Figure]:
-        return self.suite.summarise(rows, self.gold_rows)
+    def _card_section(self, run: report.Run) -> str:
+        references = self.references_on(run.rows)
+        return report.model_card_section(run, references["target"], references.get("gold"))
 
     def _reference_rows(self, role: str, model_name: str) -> list[dict]:
         path = self.folder / f"{role}.rows.jsonl"
@@ -142,37 +172,65 @@ class Comparison:
         engine.gather([])
         return read_rows(path)[1]
 
-    def _train(self, trainer: UnlearnTrainer, rows_file: Path, identity: dict, num_evaluations: int) -> None:
-        args = trainer.args
+    def _train(self, trainer: UnlearnTrainer, rows: list[dict], identity: dict, num_evaluations: int) -> None:
+        args, rows_file = trainer.args, rows_file_of(trainer.args)
         if trainer.is_world_process_zero():
-            rows_file.unlink(missing_ok=True)
+            for stale in (rows_file, Path(args.output_dir, EVALUATION_FILE)):
+                stale.unlink(missing_ok=True)
         num_batches = args.num_train_epochs * len(trainer.get_train_dataloader())
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_on_start = IntervalStrategy.STEPS, True
         args.eval_steps = max(1, math.ceil(num_steps / num_evaluations))
-        curve = EvalCallback(trainer, self.suite.name, self.rows, self.gold_rows, **self.asked)
+        curve = EvalCallback(trainer, self.suite.name, rows, self._found.get("gold"), **self.asked)
         trainer.add_callback(curve)
         output = trainer.train(resume_from_checkpoint=_checkpoint(args))
         num_seconds = output.metrics["train_runtime"] - curve.seconds
         if curve.step != trainer.state.global_step:
             trainer.evaluate()
-        trainer.save_model()
         trainer.save_state()
-        trainer.create_model_card(finetuned_from=self.target)
         if trainer.is_world_process_zero():
-            hashes = {"questions": self.settings["questions"]}
+            hashes = {"questions": identity["questions"]}
             if not trainer.engine.shards:
                 hashes["weights"] = weights_digest(trainer.model)
-            header = make_header(str(rows_file.parent), identity, args.seed, self.suite.name, **hashes)
+            header = make_header(args.output_dir, identity, args.seed, self.suite.name, **hashes)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
             write_rows(rows_file, curve.rows, header)
+            run = report.Run(self.suite.name, self.figures(curve.rows), curve.rows)
+            report.add_to_model_card(Path(args.output_dir, EVALUATION_FILE), self._card_section(run))
+        # One upload, of the model with its whole card: `save_model` would push too, before there is one.
+        if args.push_to_hub:
+            trainer.push_to_hub(finetuned_from=identity["target"])
+        else:
+            trainer.save_model()
+            trainer.create_model_card(finetuned_from=identity["target"])
         trainer.accelerator.wait_for_everyone()
+        _end_tracking()
 
-    def _read(self, folder: Path, name: str) -> report.Run:
-        header, rows = read_rows(folder / "rows.jsonl")
-        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    def _read(self, config: UnlearnConfig, name: str) -> report.Run:
+        header, rows = read_rows(rows_file_of(config))
+        state = Path(config.output_dir, "trainer_state.json").read_text(encoding="utf-8")
         settings = {**header["settings"], "seconds_per_step": header["seconds_per_step"]}
-        return report.Run(name, self._figures(rows), rows, log_history=history, settings=settings)
+        return report.Run(
+            name, self.figures(rows), rows, log_history=json.loads(state)["log_history"], settings=settings
+        )
+
+
+def rows_file_of(config: UnlearnConfig) -> Path:
+    """Where the rows of a run lie: beside its folder."""
+    folder = Path(config.output_dir)
+    return folder.with_name(f"{folder.name}.rows.jsonl")
+
+
+def same_rows(found: list[dict], rows: list[dict]) -> list[dict]:
+    """Those of `found` that are of the same split and index as one of `rows`."""
+    wanted = {(row["split"], row["index"]) for row in rows}
+    return [row for row in found if (row["split"], row["index"]) in wanted]
+
+
+def _end_tracking() -> None:
+    """Ends the run of Weights & Biases, which others end by themselves: the next model would go on in it."""
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()
 
 
 def _weight_files(model_name: str) -> list[list]:

@@ -11,14 +11,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.config import SOPHIA_NAMES
+from soul_trainer.engines import Engine
+from soul_trainer.sampling import SamplingConfig, add_alternates
+from soul_trainer.stopping import UnlearningStoppingCallback, gold_forget_loss
 
 from .comparison import Comparison
+from .models import load_model
 from .report import Run
 from .settings_files import DEFAULTS_FILE, SettingsParser, settings_file
 
@@ -27,9 +33,23 @@ logger = logging.get_logger(__name__)
 
 # The optimizers of a comparison, as the report calls them.
 OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
-# Makes the forget rows of a loss that needs more than rows have, before training:
-# (forget rows, model, tokenizer, config) -> forget rows, by name of the loss.
-PREPARATIONS: dict[str, Callable[[Dataset, PreTrainedModel, PreTrainedTokenizerBase, UnlearnConfig], Dataset]] = {}
+GOLD = "gold"
+
+
+def _with_alternates(
+    forget: Dataset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig
+) -> Dataset:
+    if "alternate" in forget.column_names:
+        return forget
+    sampling = SamplingConfig(seed=config.seed)
+    return add_alternates(forget, model, tokenizer, config=sampling, engine=Engine(PartialState()))
+
+
+# What a forget loss needs besides the rows, made by the model that must forget, before training:
+# (forget rows, model, tokenizer, config) -> forget rows.
+PREPARATIONS: dict[str, Callable[[Dataset, PreTrainedModel, PreTrainedTokenizerBase, UnlearnConfig], Dataset]] = {
+    "altpo": _with_alternates,
+}
 
 
 @dataclass
@@ -46,12 +66,50 @@ class ExperimentArguments:
     model: str | None = field(default=None, metadata={"help": "The model that must forget: hub id or folder."})
     gold: str | None = field(default=None, metadata={"help": "The model that never learnt it: hub id or folder."})
     evaluations: int = field(default=4, metadata={"help": "Evaluations after the start of a run, for the curves."})
+    stop_at_forget_loss: str | None = field(
+        default=None,
+        metadata={"help": "Stop at an evaluation that finds this forget loss, in nats a token, or that of the gold."},
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank; SOUL has 8."})
+    lora_alpha: float = field(default=32, metadata={"help": "Scale of the adapters (alpha), with lora_rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters' input, with lora_rank."})
+    lora_modules: str = field(
+        default="q_proj,v_proj", metadata={"help": "Modules that get adapters, by commas, or all-linear."}
+    )
 
     def __post_init__(self):
         if self.gold and not self.model:
             raise ValueError("`gold` (--gold) needs `model` (--model): without it, both are trained here.")
         if self.evaluations < 1:
             raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
+        if self.stop_at_forget_loss not in (None, GOLD):
+            try:
+                float(self.stop_at_forget_loss)
+            except ValueError:
+                raise ValueError(
+                    f"`stop_at_forget_loss` must be a number or {GOLD!r}, but it is {self.stop_at_forget_loss!r}."
+                ) from None
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1, but it is {self.lora_rank}.")
+
+    def peft_config(self) -> LoraConfig | None:
+        """The adapters to train; `None` trains the whole model."""
+        if self.lora_rank is None:
+            return None
+        modules = self.lora_modules if self.lora_modules == "all-linear" else self.lora_modules.split(",")
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=modules,
+        )
+
+    def training_settings(self) -> dict:
+        """What a run depends on besides its [`UnlearnConfig`], if it differs from the default."""
+        stop = {} if self.stop_at_forget_loss is None else {"stop_at_forget_loss": self.stop_at_forget_loss}
+        lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules") if self.lora_rank else ()
+        return stop | {name: getattr(self, name) for name in lora}
 
 
 @dataclass
@@ -126,6 +184,7 @@ class Experiment:
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)
         self.folder = Path(self.config.output_dir)
+        self._prepared_rows: dict[tuple, Dataset] = {}
         # accelerate's state is made by the first who asks, and must know of --use_cpu.
         _ = self.config.device
 
@@ -133,6 +192,10 @@ class Experiment:
         """The settings of an optimizer's run, whose `output_dir` is a folder of the experiment's."""
         *_, config = self._parse(optimizer)
         config.output_dir = str(self.folder / optimizer)
+        # Runs that share a name would be one run to a tracker, and one repository on the hub.
+        config.run_name = "-".join(filter(None, (config.run_name or self.task, optimizer, config.forget_loss)))
+        if config.hub_model_id and len(self.optimizers) > 1:
+            config.hub_model_id += f"-{optimizer}"
         return config
 
     def run(self, task: UnlearningTask) -> list[Run]:
@@ -155,20 +218,53 @@ class Experiment:
 
     def compare(self, task: UnlearningTask) -> Comparison:
         """A [`Comparison`] of the task, in which target and gold have been asked."""
-        data = fingerprint({"forget": task.forget, "retain": task.retain})
-        settings = {"data": data, "prompt_template": self.config.prompt_template, **task.settings}
+        settings = {
+            "data": fingerprint({"forget": task.forget, "retain": task.retain}),
+            "prompt_template": self.config.prompt_template,
+            **self.arguments[0].training_settings(),
+            **task.settings,
+        }
         return Comparison(
             self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config
         )
 
     def make_trainer(self, task: UnlearningTask, config: UnlearnConfig) -> UnlearnTrainer:
         """The trainer of a run, with the rows as its forget loss needs them."""
-        model = AutoModelForCausalLM.from_pretrained(task.target, dtype="auto")
+        args = self.arguments[0]
+        if args.stop_at_forget_loss == GOLD and not task.gold:
+            raise ValueError("`stop_at_forget_loss`='gold' needs a gold model: name it with --gold, or give a number.")
         tokenizer = AutoTokenizer.from_pretrained(task.target)
-        forget = task.forget
-        if prepare := PREPARATIONS.get(config.forget_loss):
-            forget = prepare(forget, model, tokenizer, config)
-        return UnlearnTrainer(model, config, forget, task.retain, tokenizer, {"forget": forget})
+        forget = self._prepared(task, tokenizer, config)
+        # Adapters of a former request are trained on; the others begin anew.
+        is_adapter = Path(task.target, "adapter_config.json").exists()
+        load = partial(load_model, device="cpu") if is_adapter else AutoModelForCausalLM.from_pretrained
+        trainer = UnlearnTrainer(
+            load(task.target, dtype="auto"),
+            config,
+            forget,
+            task.retain,
+            tokenizer,
+            {"forget": forget},
+            peft_config=None if is_adapter else args.peft_config(),
+        )
+        if args.stop_at_forget_loss:
+            if args.stop_at_forget_loss == GOLD:
+                gold = AutoModelForCausalLM.from_pretrained(task.gold, dtype="auto")
+                level = gold_forget_loss(gold, trainer)
+            else:
+                level = float(args.stop_at_forget_loss)
+            trainer.add_callback(UnlearningStoppingCallback(level))
+        return trainer
+
+    def _prepared(self, task: UnlearningTask, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig) -> Dataset:
+        prepare = PREPARATIONS.get(config.forget_loss)
+        if prepare is None:
+            return task.forget
+        key = (config.forget_loss, task.target, config.seed, fingerprint({"forget": task.forget}))
+        if key not in self._prepared_rows:
+            model = load_model(task.target, config.device)
+            self._prepared_rows[key] = prepare(task.forget, model, tokenizer, config)
+        return self._prepared_rows[key]
 
     def _parse(self, optimizer: str) -> tuple:
         values = self._defaults | {"optim": optimizer}

@@ -2,8 +2,10 @@
 Makes a model forget TOFU's fictitious authors, with a first- and a second-order optimizer, and reports what is left.
 
     accelerate launch recipes/tofu.py                                            # a corpus of our own, two CPU cores
-    accelerate launch recipes/tofu.py --dataset DIR --forget_split forget05 --retain_split retain95
+    accelerate launch recipes/tofu.py --num_requests 4                           # one author after the other
+    accelerate launch recipes/tofu.py --dataset DIR --forget_split forget05      # a small model that learns TOFU first
     accelerate launch recipes/tofu.py --dataset locuslab/TOFU --model HUB_ID --gold HUB_ID --optim soul
+    accelerate launch recipes/tofu.py --dataset locuslab/TOFU --model HUB_ID --requests forget01,forget05,forget10
 
 Without `--model`, a small target and a gold standard are trained from scratch; the next run finds them. Every flag of
 `UnlearnConfig`, and so of `TrainingArguments`, works; settings come from `recipes/configs/tofu` or `--config FILE`.
@@ -12,16 +14,13 @@ Without `--model`, a small target and a gold standard are trained from scratch; 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
-from fictitious_authors import make_corpus
-from hub_layout import write_hub_layout
 from small_llama import SmallModelArguments
 from small_models import small_models
+from tofu_rows import OWN_SPLITS, TofuRows, paired_splits, write_own_corpus
 
+from soul_eval.continual import run_requests
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.suites import tofu
-from soul_eval.suites.sources import load_split
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,8 +33,23 @@ class TofuArguments(ExperimentArguments):
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id or local folder in TOFU's layout; by default a corpus of our own."}
     )
-    forget_split: str = field(default="forget10", metadata={"help": "What to forget (with --dataset)."})
-    retain_split: str = field(default="retain90", metadata={"help": "What to keep (with --dataset)."})
+    forget_split: str | None = field(
+        default=None, metadata={"help": "What to forget, with --dataset: forget01, forget05 or, by default, forget10."}
+    )
+    retain_split: str | None = field(
+        default=None, metadata={"help": "What to keep, with --dataset; by default retain90 for forget10 and so on."}
+    )
+    holdout_split: str | None = field(
+        default=None,
+        metadata={"help": "Rows never seen, for membership inference; by default holdout10 if the dataset has it."},
+    )
+    requests: str | None = field(
+        default=None,
+        metadata={"help": "Splits to forget one after the other, with --dataset: forget01,forget05,forget10."},
+    )
+    num_requests: int | None = field(
+        default=None, metadata={"help": "Forget the split in so many parts, author by author, one after the other."}
+    )
     max_retain_rows: int | None = field(default=None, metadata={"help": "Only the first rows of the retain split."})
     held_out_rows: int = field(
         default=100,
@@ -44,54 +58,60 @@ class TofuArguments(ExperimentArguments):
     authors: int = field(default=17, metadata={"help": "Authors in the corpus of our own."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest generation in the evaluation, in tokens."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.requests and self.num_requests:
+            raise ValueError("`requests` names splits and `num_requests` parts of one: give one of the two.")
+        for name in ("forget_split", "retain_split", "holdout_split", "requests"):
+            if getattr(self, name) and not self.dataset:
+                raise ValueError(
+                    f"`{name}` (--{name}) needs `dataset` (--dataset): the corpus of our own has one split."
+                )
+        if self.requests and not self.forget_split:
+            # The last has the most rows: its rows and those of its gold model are those that are asked.
+            self.forget_split = self.requests.split(",")[-1]
 
-def load_rows(
-    args: TofuArguments, folder: Path, seed: int, overwrite: bool
-) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """The rows that are learnt (`forget`, `retain`, `held_out`, `general`), and those that are asked, by split."""
-    dataset, forget_split, retain_split = args.dataset, args.forget_split, args.retain_split
+
+def load_rows(args: TofuArguments, experiment: Experiment) -> TofuRows:
+    """The rows of the dataset, or those of a corpus of our own."""
+    dataset, splits = args.dataset, OWN_SPLITS
     if dataset is None:
-        dataset, forget_split, retain_split = str(folder / f"data-{args.authors}-{seed}"), "forget", "retain"
-        if PartialState().is_main_process:
-            write_hub_layout(make_corpus(args.authors, seed=seed), dataset, overwrite)
-        PartialState().wait_for_everyone()
-    asked = tofu.load_splits(dataset, forget_split, held_out_rows=args.held_out_rows)
-
-    def load(config: str) -> Dataset:
-        return load_split(dataset, config).select_columns(["question", "answer"])
-
-    retain = load(retain_split)
-    retain = retain.select(range(min(args.max_retain_rows or len(retain), len(retain))))
-    learnt = {
-        "forget": load(forget_split),
-        "general": concatenate_datasets([load("real_authors"), load("world_facts")]),
-    }
-    if "held_out" in asked:
-        learnt["held_out"] = asked["held_out"].select_columns(["question", "answer"])
-        unseen = set(learnt["held_out"]["question"])
-        retain = retain.filter(lambda row: row["question"] not in unseen)
-    return {**learnt, "retain": retain}, asked
+        config = experiment.config
+        dataset = write_own_corpus(experiment.folder, args.authors, config.seed, config.overwrite)
+    else:
+        splits = paired_splits(args.forget_split, args.retain_split)
+    return TofuRows(dataset, *splits, args.held_out_rows, args.max_retain_rows, args.holdout_split)
 
 
-def main() -> None:
-    experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments)
+def main(command_line: list[str] | None = None) -> None:
+    """Runs the recipe."""
+    experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments, command_line=command_line)
     args, small = experiment.arguments
-    config, folder = experiment.config, experiment.folder
-    learnt, asked = load_rows(args, folder, config.seed, config.overwrite)
+    config, rows = experiment.config, load_rows(args, experiment)
     target, gold = args.model, args.gold
     if not target:
-        target, gold = small_models(learnt, folder, small, config.seed, config.prompt_template, config.use_cpu)
+        models = small_models(
+            rows.learnt(), experiment.folder, small, config.seed, config.prompt_template, config.use_cpu
+        )
+        target, gold = models
     task = UnlearningTask(
         suite="tofu",
         title="Unlearning fictitious authors",
         target=target,
         gold=gold,
-        forget=learnt["forget"],
-        retain=learnt["retain"],
-        rows=tofu.unscored_rows(asked),
-        asked={"max_new_tokens": args.max_new_tokens},
+        forget=rows.forget,
+        retain=rows.retain,
+        rows=tofu.unscored_rows(rows.asked),
+        asked={"max_new_tokens": args.max_new_tokens, "non_members": rows.holdout_split},
     )
-    experiment.run(task)
+    if args.requests or args.num_requests:
+        requests = (
+            rows.requests(args.requests.split(",")) if args.requests else rows.author_requests(args.num_requests)
+        )
+        task.rows = [row for row in task.rows if row["split"] != "forget"]
+        run_requests(experiment, task, requests)
+    else:
+        experiment.run(task)
 
 
 if __name__ == "__main__":

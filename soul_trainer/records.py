@@ -13,6 +13,8 @@ from .config import SOPHIA_NAMES, SophiaArguments, UnlearnConfig
 
 
 RUN_FILE = "unlearning.json"
+# An evaluation leaves it for every card that the Trainer writes; pushes to the hub skip names that begin so.
+EVALUATION_FILE = "_evaluation.md"
 
 # The settings of TrainingArguments that decide what a run learns; the others say how it is run.
 _TRAINING_SETTINGS = (
@@ -67,8 +69,11 @@ def record_run(args: UnlearnConfig, metrics: dict[str, float]) -> None:
 
 
 def add_to_model_card(args: UnlearnConfig) -> None:
-    """Adds the method and its settings to the model card that the Trainer wrote to `output_dir`."""
+    """Adds the method, its settings and an evaluation's section to the card that the Trainer wrote to `output_dir`."""
     path = Path(args.output_dir) / "README.md"
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in run_settings(args).items())
     section = f"\n## Unlearning\n\nMade to forget with soul-trainer.\n\n| setting | value |\n|---|---|\n{rows}\n"
+    evaluation = path.with_name(EVALUATION_FILE)
+    if evaluation.exists():
+        section += "\n" + evaluation.read_text(encoding="utf-8")
     write_whole(path, path.read_text(encoding="utf-8") + section)
