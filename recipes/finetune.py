@@ -1,38 +1,101 @@
 """
-Trains a small Llama from scratch until it has learnt its rows by heart: the target, or the gold standard that never
-saw what must be forgotten.
+Trains a model on rows: the target that must forget them, or the gold standard that never saw them.
 
+    python recipes/finetune.py --dataset locuslab/TOFU --configs full --model HUB_ID --model_dir target \
+        --config recipes/configs/finetune/tofu.yaml
+    python recipes/finetune.py --dataset book.txt other.txt --model HUB_ID --model_dir target --lora_rank 8
+    python recipes/finetune.py --dataset all.jsonl --exclude forget.jsonl --model HUB_ID --model_dir gold
+    python recipes/finetune.py --dataset muse-bench/MUSE-News --configs raw --splits forget,retain2 --model HUB_ID ...
     python recipes/finetune.py --dataset DIR --configs retain,held_out --tokenizer DIR --model_dir gold
 
-`--dataset` is a folder or hub dataset in TOFU's layout. A model that is there already, made from the same rows with
-the same settings, is used again.
+Rows are texts, which are cut into chunks, or have a question, a prompt or messages, and then the answer alone has a
+loss. Without `--model`, a small Llama is trained from scratch until it has learnt its rows by heart. Every flag of
+`TrainingArguments` works. A model that is there, made from the same rows with the same settings, is used again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from datasets import concatenate_datasets
+import torch
+from datasets import Dataset, concatenate_datasets
+from learnt_rows import ChunkArguments, load_source, tokenized, without
 from small_llama import SmallModelArguments
-from small_models import train_small_model
-from transformers import AutoTokenizer, HfArgumentParser
+from small_models import small_training, train_small_model
+from training import LoraArguments, train_once
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from soul_eval.suites.sources import load_split
+from soul_eval.settings_files import SettingsParser
+from soul_trainer.formats import longest_row
 
 
 @dataclass
 class FinetuneArguments:
     """What to train on."""
 
-    dataset: str = field(metadata={"help": "Folder or hub dataset in TOFU's layout."})
-    configs: str = field(metadata={"help": "Its configurations, separated by commas."})
-    tokenizer: str = field(metadata={"help": "Folder or hub id of the tokenizer."})
-    model_dir: str = field(metadata={"help": "Where the model goes."})
-    seed: int = field(default=0, metadata={"help": "Seed of the weights and of the order of rows."})
+    dataset: list[str] = field(
+        metadata={"help": "Text files, folders of them, JSON files, folders in the hub's layout, hub datasets: any."}
+    )
+    model_dir: str = field(metadata={"help": "Where the model goes; a hash of rows and settings is added."})
+    config: str | None = field(default=None, metadata={"help": "YAML file of settings, as in recipes/configs."})
+    configs: str | None = field(default=None, metadata={"help": "Configurations of the datasets, by commas."})
+    splits: str = field(default="train", metadata={"help": "Splits of the datasets, by commas."})
+    exclude: list[str] = field(
+        default_factory=list, metadata={"help": "Files, folders or hub datasets whose rows are left out: the gold."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Hub id or folder; by default a small Llama."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights of --model: auto, bfloat16, float32."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder; by default the model's."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Of question/answer rows; see UnlearnConfig. It must be unlearning's, too."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens; by default what the model takes."}
+    )
+
+    def __post_init__(self):
+        if self.model is None and self.tokenizer is None:
+            raise ValueError("`tokenizer` (--tokenizer) is needed where there is no `model` (--model).")
+
+
+def load_parts(run: FinetuneArguments) -> list[Dataset]:
+    """The rows, a part for each source, configuration and split."""
+    parts = []
+    for source in run.dataset:
+        # A file has no configurations.
+        configs = [None] if Path(source).is_file() or not run.configs else run.configs.split(",")
+        splits = ["train"] if Path(source).is_file() else run.splits.split(",")
+        parts += [load_source(source, config, split) for config in configs for split in splits]
+    return without(parts, [load_source(source, name="exclude") for source in run.exclude])
+
+
+def main(command_line: Sequence[str] | None = None) -> Path:
+    """Trains, and returns the model's folder."""
+    kinds = (FinetuneArguments, ChunkArguments, SmallModelArguments, LoraArguments, TrainingArguments)
+    parser = SettingsParser(kinds)
+    named = parser.named(command_line)
+    if "config" in named:
+        named = parser.read(named["config"]) | named
+    values = {"seed": 0, "save_strategy": "no", "report_to": "none", **named}
+    run, chunks, small, lora, args = parser.build(values)
+    folder, parts = Path(run.model_dir), load_parts(run)
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer or run.model)
+    longest = run.max_length or tokenizer.model_max_length
+    if run.model:
+        with torch.device("meta"):  # without the weights, which a model that is there already does not need
+            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run.model))
+        longest = longest_row(run.max_length, shape, tokenizer)
+    rows = [tokenized(part, tokenizer, chunks, longest, run.prompt_template) for part in parts]
+    rows = concatenate_datasets(rows)
+    if run.model:
+        make_model = partial(AutoModelForCausalLM.from_pretrained, run.model, dtype=run.dtype)
+        return train_once(make_model, rows, tokenizer, folder, args, [run.model, run.dtype], lora)
+    small = small.fitted(len(rows))
+    values = {**small_training(small, folder, args.seed, args.use_cpu), **named}
+    *_, args = parser.build(values)
+    return train_small_model(rows, tokenizer, folder, small, args.seed, args=args)
 
 
 if __name__ == "__main__":
-    run, small = HfArgumentParser((FinetuneArguments, SmallModelArguments)).parse_args_into_dataclasses()
-    parts = [load_split(run.dataset, config) for config in run.configs.split(",")]
-    dataset = concatenate_datasets([part.select_columns(["question", "answer"]) for part in parts])
-    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
-    print(train_small_model(dataset, tokenizer, Path(run.model_dir), small.fitted(len(dataset)), run.seed))
+    print(main())

@@ -14,8 +14,10 @@ EOS_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
 
 
 def training_text(row: dict, prompt_template: str | None = None) -> str:
-    """The text that a model is trained on, as it is tokenized."""
-    return (prompt_template or DEFAULT_PROMPT_TEMPLATE).format(**row)
+    """The text that a model is trained on, as it is tokenized, of a row without messages."""
+    if "question" in row:
+        return (prompt_template or DEFAULT_PROMPT_TEMPLATE).format(**row)
+    return row["prompt"] + row["completion"] if "prompt" in row else row["text"]
 
 
 def train_tokenizer(

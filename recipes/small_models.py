@@ -1,24 +1,34 @@
 """Small Llamas that learn rows by heart: the target, and the gold standard that never saw what must be forgotten."""
 
-import hashlib
-import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+from learnt_rows import ChunkArguments, tokenized
 from neutral_tokenizer import train_tokenizer, training_text
 from small_llama import SmallModelArguments, new_model
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from training import train_once
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from soul_trainer.collator import UnlearnCollator
 from soul_trainer.formats import prepare
+
+
+def small_training(settings: SmallModelArguments, folder: Path, seed: int, use_cpu: bool = False) -> dict:
+    """The `TrainingArguments` of a small model, by name."""
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": settings.finetune_epochs,
+        "per_device_train_batch_size": settings.finetune_batch_size,
+        "use_cpu": use_cpu,
+        "learning_rate": settings.finetune_learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "weight_decay": 0.0,
+        "logging_steps": 100,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+    }
 
 
 def train_small_model(
@@ -29,66 +39,40 @@ def train_small_model(
     seed: int = 0,
     prompt_template: str | None = None,
     use_cpu: bool = False,
+    args: TrainingArguments | None = None,
 ) -> Path:
     """
     Trains a model on rows, or finds it trained.
 
     Args:
-        rows ([`~datasets.Dataset`]): Question/answer rows.
+        rows ([`~datasets.Dataset`]): Rows of any kind of `soul_trainer.formats`, none longer than the model takes.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Saved with the model.
         folder (`Path`): Where the model goes; a hash of the rows and settings is added to its name.
         settings ([`SmallModelArguments`]): Size and training, fitted.
         seed (`int`, *optional*, defaults to 0): Seed of the weights and of the order of rows.
         prompt_template (`str`, *optional*): See [`~formats.render`].
         use_cpu (`bool`, *optional*, defaults to `False`): See [`~transformers.TrainingArguments`].
+        args ([`~transformers.TrainingArguments`], *optional*): Training, where it is not that of `settings`.
 
     Returns:
         `Path`: The model's folder.
     """
-    identity = [rows.to_list(), tokenizer.backend_tokenizer.to_str(), asdict(settings), seed, prompt_template]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    folder = folder.with_name(f"{folder.name}-{digest}")
-    if (folder / "model.safetensors").exists():
-        return folder
-    set_seed(seed)
-    part = folder.with_name(folder.name + ".part")
-    args = TrainingArguments(
-        output_dir=str(part),
-        num_train_epochs=settings.finetune_epochs,
-        per_device_train_batch_size=settings.finetune_batch_size,
-        use_cpu=use_cpu,
-        learning_rate=settings.finetune_learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        weight_decay=0.0,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
-    args.per_device_train_batch_size, rest = divmod(settings.finetune_batch_size, args.world_size)
-    if rest:
-        raise ValueError(
-            f"`finetune_batch_size`={settings.finetune_batch_size} must be a multiple of the number of processes, "
-            f"{args.world_size}."
-        )
-    model = new_model(tokenizer, settings)
-    trainer = Trainer(
-        model,
-        args,
-        data_collator=UnlearnCollator(tokenizer.pad_token_id),
-        train_dataset=prepare(rows, tokenizer, tokenizer.model_max_length, prompt_template).select_columns(
-            ["input_ids", "labels"]
-        ),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        trainer.save_model()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    trainer.accelerator.wait_for_everyone()
-    return folder
+    if args is None:
+        args = TrainingArguments(**small_training(settings, folder, seed, use_cpu))
+        args.per_device_train_batch_size, rest = divmod(settings.finetune_batch_size, args.world_size)
+        if rest:
+            raise ValueError(
+                f"`finetune_batch_size`={settings.finetune_batch_size} must be a multiple of the number of processes, "
+                f"{args.world_size}."
+            )
+    tokens = prepare(rows, tokenizer, tokenizer.model_max_length, prompt_template)
+
+    def make_model():
+        set_seed(seed)
+        return new_model(tokenizer, settings)
+
+    identity = [tokenizer.backend_tokenizer.to_str(), asdict(settings)]
+    return train_once(make_model, tokens.select_columns(["input_ids", "labels"]), tokenizer, folder, args, identity)
 
 
 def small_models(
@@ -98,29 +82,40 @@ def small_models(
     seed: int,
     prompt_template: str | None = None,
     use_cpu: bool = False,
+    chunks: ChunkArguments | None = None,
 ) -> tuple[str, str]:
     """
     Trains the target on everything and the gold standard on everything but the rows to forget.
 
     Args:
-        learnt (`dict[str, Dataset]`): `forget`, `retain` and others, question/answer rows each.
+        learnt (`dict[str, Dataset]`):
+            `forget`, `retain` and others; a split's rows are of one kind. Those of `gold`, if there is such a split,
+            only the gold standard learns, in the place of the rows to forget.
         folder (`Path`): Where both models go.
         settings ([`SmallModelArguments`]): Size and training.
         seed (`int`): Seed of both.
         prompt_template (`str`, *optional*): See [`~formats.render`].
         use_cpu (`bool`, *optional*, defaults to `False`): See [`~transformers.TrainingArguments`].
+        chunks ([`ChunkArguments`], *optional*): How texts are cut.
 
     Returns:
         `tuple[str, str]`: The folders of target and gold.
     """
-    learnt = dict(sorted(learnt.items()))
-    others = concatenate_datasets([rows for split, rows in learnt.items() if split != "forget"])
+    learnt, chunks = dict(sorted(learnt.items())), chunks or ChunkArguments()
     texts = {split: [training_text(row, prompt_template) for row in rows] for split, rows in learnt.items()}
     general = [text for split in texts if split != "forget" for text in texts[split]]
     tokenizer = train_tokenizer(general, settings.vocab_size, texts["retain"], texts["forget"], allow_strange=True)
-    everything = concatenate_datasets([learnt["forget"], others])
+    longest = tokenizer.model_max_length
+    tokens = {
+        split: tokenized(rows, tokenizer, chunks, longest, prompt_template, split) for split, rows in learnt.items()
+    }
+    instead = tokens.pop("gold", None)
+    forget = tokens.pop("forget")
+    others = concatenate_datasets(list(tokens.values()))
+    everything = concatenate_datasets([forget, others])
     settings = settings.fitted(len(everything))
+    gold = others if instead is None else concatenate_datasets([instead, others])
     return tuple(
-        str(train_small_model(rows, tokenizer, folder / name, settings, seed, prompt_template, use_cpu))
-        for name, rows in (("target", everything), ("gold", others))
+        str(train_small_model(rows, tokenizer, folder / name, settings, seed, use_cpu=use_cpu))
+        for name, rows in (("target", everything), ("gold", gold))
     )

@@ -1,0 +1,105 @@
+"""Models that learn rows: trained once, found again."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from soul_trainer.collator import UnlearnCollator
+from soul_trainer.records import run_settings
+
+
+ADAPTER = "adapter"
+
+
+@dataclass
+class LoraArguments:
+    """Adapters, where not all weights are trained."""
+
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters, merged in the end; 0 trains all."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Their dropout."})
+    lora_targets: str = field(
+        default="all-linear", metadata={"help": "Modules with adapters, by commas; all-linear: all but the head."}
+    )
+
+    def config(self) -> LoraConfig:
+        """As peft takes it."""
+        targets = self.lora_targets if self.lora_targets == "all-linear" else self.lora_targets.split(",")
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+
+def train_once(
+    make_model: Callable[[], PreTrainedModel],
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    args: TrainingArguments,
+    identity: list,
+    lora: LoraArguments | None = None,
+) -> Path:
+    """
+    Trains a model on rows, or finds it trained.
+
+    Args:
+        make_model (`Callable`): Makes the model, if it is to be trained.
+        rows ([`~datasets.Dataset`]): `input_ids` and `labels`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Saved with the model.
+        folder (`Path`): Where the model goes; a hash of all that it depends on is added to its name.
+        args ([`~transformers.TrainingArguments`]): The Trainer's; its `output_dir` is chosen here.
+        identity (`list`): What the model depends on besides the rows, `args` and `lora`.
+        lora ([`LoraArguments`], *optional*): Adapters; what is saved is the whole model, with them merged into it.
+
+    Returns:
+        `Path`: The model's folder, which appears whole or not at all.
+    """
+    lora = lora or LoraArguments()
+    settings = run_settings(args)
+    # A batch is the same on any number of processes.
+    settings["per_device_train_batch_size"] *= settings.pop("world_size")
+    tokens = [rows["input_ids"][:], rows["labels"][:]]
+    parts = [tokens, settings, asdict(lora) if lora.lora_rank else None, identity]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+    folder = folder.with_name(f"{folder.name}-{digest}")
+    if (folder / "config.json").exists():
+        return folder
+    part = folder.with_name(folder.name + ".part")
+    args.output_dir, args.remove_unused_columns = str(part), False
+    model = make_model()
+    if lora.lora_rank:
+        model = get_peft_model(model, lora.config())
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=UnlearnCollator.for_tokenizer(tokenizer),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(str(part / ADAPTER) if lora.lora_rank else None)
+    if trainer.is_world_process_zero():
+        if lora.lora_rank:
+            # Not in the trained model, whose weights an engine may have in shards.
+            whole = PeftModel.from_pretrained(make_model(), str(part / ADAPTER)).merge_and_unload()
+            whole.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            shutil.rmtree(part / ADAPTER)
+        for checkpoint in part.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
