@@ -13,7 +13,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -23,6 +22,7 @@ from soul_trainer.engines import Engine
 from soul_trainer.sampling import SamplingConfig, add_alternates
 from soul_trainer.stopping import UnlearningStoppingCallback, gold_forget_loss
 
+from .adapters import LoraArguments
 from .comparison import Comparison
 from .models import load_model
 from .report import Run
@@ -53,7 +53,7 @@ PREPARATIONS: dict[str, Callable[[Dataset, PreTrainedModel, PreTrainedTokenizerB
 
 
 @dataclass
-class ExperimentArguments:
+class ExperimentArguments(LoraArguments):
     """What every recipe asks. A recipe adds fields, and may give these a help of its own."""
 
     config: str | None = field(
@@ -70,14 +70,9 @@ class ExperimentArguments:
         default=None,
         metadata={"help": "Stop at an evaluation that finds this forget loss, in nats a token, or that of the gold."},
     )
-    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank; SOUL has 8."})
-    lora_alpha: float = field(default=32, metadata={"help": "Scale of the adapters (alpha), with lora_rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters' input, with lora_rank."})
-    lora_modules: str = field(
-        default="q_proj,v_proj", metadata={"help": "Modules that get adapters, by commas, or all-linear."}
-    )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.gold and not self.model:
             raise ValueError("`gold` (--gold) needs `model` (--model): without it, both are trained here.")
         if self.evaluations < 1:
@@ -89,27 +84,11 @@ class ExperimentArguments:
                 raise ValueError(
                     f"`stop_at_forget_loss` must be a number or {GOLD!r}, but it is {self.stop_at_forget_loss!r}."
                 ) from None
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"`lora_rank` must be at least 1, but it is {self.lora_rank}.")
-
-    def peft_config(self) -> LoraConfig | None:
-        """The adapters to train; `None` trains the whole model."""
-        if self.lora_rank is None:
-            return None
-        modules = self.lora_modules if self.lora_modules == "all-linear" else self.lora_modules.split(",")
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=modules,
-        )
 
     def training_settings(self) -> dict:
         """What a run depends on besides its [`UnlearnConfig`], if it differs from the default."""
         stop = {} if self.stop_at_forget_loss is None else {"stop_at_forget_loss": self.stop_at_forget_loss}
-        lora = ("lora_rank", "lora_alpha", "lora_dropout", "lora_modules") if self.lora_rank else ()
-        return stop | {name: getattr(self, name) for name in lora}
+        return stop | self.lora_settings()
 
 
 @dataclass
