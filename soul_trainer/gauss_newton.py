@@ -1,0 +1,206 @@
+"""
+The gradient of the loss, its Gauss-Newton matrix G (of the mean per answer token), as a diagonal and as products with
+vectors, and the solution of (G + damping I) x = b.
+
+A vector is a list of tensors of the parameters' shapes, at least float32. Models are without dropout, in one process.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import logging
+
+from .batch import IGNORE_INDEX, ForgetRetainBatch
+from .curvature import estimate_hessian
+from .log_probs import shift_labels, token_log_probs
+from .sophia import Sophia
+
+
+logger = logging.get_logger(__name__)
+
+
+def loss_gradient(
+    model: torch.nn.Module, parameters: list[Tensor], batches: Sequence[ForgetRetainBatch]
+) -> list[Tensor]:
+    """
+    The gradient of the summed loss of all answer tokens.
+
+    Args:
+        model (`torch.nn.Module`): Without dropout.
+        parameters (`list[torch.Tensor]`): Those of its parameters that have gradients.
+        batches (`Sequence[ForgetRetainBatch]`): Rows, however split.
+
+    Returns:
+        `list[torch.Tensor]`: Of the parameters' shapes, at least float32, in nats over the unit of a weight.
+
+    Raises:
+        FloatingPointError: If the loss of a row is not finite; it is named.
+    """
+    sums = _zeros(parameters)
+    for batch in batches:
+        losses = -token_log_probs(_logits(model, batch), shift_labels(batch["labels"])).sum(1)
+        if bad_rows := batch["row"][~losses.isfinite()].tolist():
+            raise FloatingPointError(f"The loss is not finite at the rows {bad_rows}.")
+        _accumulate(sums, torch.autograd.grad(losses.sum(), parameters, materialize_grads=True))
+    return sums
+
+
+def gauss_newton_diagonal(
+    model: torch.nn.Module,
+    parameters: list[Tensor],
+    batches: Sequence[ForgetRetainBatch],
+    num_draws: int = 1,
+    seed: int = 0,
+) -> list[Tensor]:
+    """
+    The Gauss-Newton-Bartlett estimate of the diagonal, the mean of estimates of single rows, weighted by their answer
+    tokens: the mean of many squares scatters less than the square of their sum, and knows nothing of batches.
+
+    Args:
+        model (`torch.nn.Module`): Without dropout.
+        parameters (`list[torch.Tensor]`): Those of its parameters that have gradients.
+        batches (`Sequence[ForgetRetainBatch]`): Rows, however split.
+        num_draws (`int`, *optional*, defaults to 1): Labels that are sampled for each token.
+        seed (`int`, *optional*, defaults to 0): Of the sampled labels.
+
+    Returns:
+        `list[torch.Tensor]`: Of the parameters' shapes, at least float32, >= 0.
+
+    Raises:
+        FloatingPointError: If the loss of a row is not finite; it is named.
+    """
+    optimizer, means = Sophia(parameters), _zeros(parameters)
+    num_tokens = num_draws * count_tokens(batches)
+    for draw in range(num_draws):
+        for row in filter(lambda row: count_tokens([row]), _rows(batches)):
+            estimate_hessian(model, optimizer, [row], seed=seed, draw=draw, decay=0.0)
+            for parameter, mean in zip(parameters, means):
+                if state := optimizer.state[parameter]:
+                    mean.add_(state["hessian"], alpha=count_tokens([row]) / num_tokens)
+                    state["hessian"].zero_()  # or a row that does not use the weight would count it again
+    return means
+
+
+def gauss_newton_product(
+    model: torch.nn.Module,
+    parameters: list[Tensor],
+    batches: Sequence[ForgetRetainBatch],
+    vectors: list[Tensor],
+) -> list[Tensor]:
+    """
+    G v = (1 / n) sum_t J_t' (diag(p_t) - p_t p_t') J_t v over answer tokens, with J_t the derivative of a token's
+    logits. J v is the derivative of J' u in u, so that the same reverse mode gives both and G is symmetric; forward
+    mode would not know of `padding_idx`.
+
+    Args:
+        model (`torch.nn.Module`): Without dropout.
+        parameters (`list[torch.Tensor]`): Those of its parameters that have gradients.
+        batches (`Sequence[ForgetRetainBatch]`): Rows, however split.
+        vectors (`list[torch.Tensor]`): Of the parameters' shapes.
+
+    Returns:
+        `list[torch.Tensor]`: Of the parameters' shapes, at least float32.
+    """
+    num_tokens, products = count_tokens(batches), _zeros(parameters)
+    for batch in batches:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+            scores = _logits(model, batch)[shift_labels(batch["labels"]) != IGNORE_INDEX]
+            weights = torch.zeros_like(scores, requires_grad=True)
+            pulled = torch.autograd.grad(scores, parameters, weights, create_graph=True, materialize_grads=True)
+            slope = sum((gradient * vector).sum() for gradient, vector in zip(pulled, vectors))
+            (pushed,) = torch.autograd.grad(slope, weights, retain_graph=True)
+            pushed = pushed.to(products[0].dtype)
+            probs = scores.detach().to(products[0].dtype).softmax(1)
+            curved = probs * (pushed - (probs * pushed).sum(1, keepdim=True)) / num_tokens
+            _accumulate(
+                products, torch.autograd.grad(scores, parameters, curved.to(scores.dtype), materialize_grads=True)
+            )
+    return products
+
+
+def conjugate_gradient(
+    product: Callable[[list[Tensor]], list[Tensor]],
+    target: list[Tensor],
+    damping: float,
+    max_iterations: int = 50,
+    tolerance: float = 1e-3,
+) -> tuple[list[Tensor], list[float]]:
+    """
+    Solves (G + damping I) x = target.
+
+    Args:
+        product (`Callable`): Multiplies G, symmetric and positive semidefinite, with a vector.
+        target (`list[torch.Tensor]`): The right side.
+        damping (`float`): > 0.
+        max_iterations (`int`, *optional*, defaults to 50): After which it ends with a warning.
+        tolerance (`float`, *optional*, defaults to 1e-3): It ends at this residual, as a share of the target's norm.
+
+    Returns:
+        `tuple[list[torch.Tensor], list[float]]`: x, and the share after each iteration.
+
+    Raises:
+        FloatingPointError: If a product is not finite, or says that G is not positive semidefinite.
+    """
+    solution = [torch.zeros_like(part) for part in target]
+    residual, direction = [part.clone() for part in target], [part.clone() for part in target]
+    squared_target = squared = dot(target, target)
+    if not squared < float("inf"):
+        raise FloatingPointError("The right side of the linear system is not finite: load the model in float32.")
+    residuals: list[float] = []
+    while squared > tolerance**2 * squared_target:
+        if len(residuals) == max_iterations:
+            logger.warning(
+                f"Conjugate gradients stop after `max_iterations`={max_iterations} at a residual of "
+                f"{residuals[-1]:.2g}, not `tolerance`={tolerance}: allow more of them, or raise `damping`={damping}."
+            )
+            break
+        image = product(direction)
+        torch._foreach_add_(image, direction, alpha=damping)
+        curvature = dot(direction, image)
+        if not 0 < curvature < float("inf"):
+            raise FloatingPointError(
+                f"Conjugate gradients met a curvature of {curvature} in iteration {len(residuals) + 1}: raise "
+                f"`damping`={damping}, or load the model in float32."
+            )
+        torch._foreach_add_(solution, direction, alpha=squared / curvature)
+        torch._foreach_sub_(residual, image, alpha=squared / curvature)
+        before, squared = squared, dot(residual, residual)
+        torch._foreach_mul_(direction, squared / before)
+        torch._foreach_add_(direction, residual)
+        residuals.append((squared / squared_target) ** 0.5)
+    return solution, residuals
+
+
+def count_tokens(batches: Sequence[ForgetRetainBatch]) -> int:
+    """The answer tokens of batches."""
+    return sum(int((shift_labels(batch["labels"]) != IGNORE_INDEX).sum()) for batch in batches)
+
+
+def dot(first: list[Tensor], second: list[Tensor]) -> float:
+    """The inner product of two vectors, summed in float64."""
+    return float(sum((left * right).sum(dtype=torch.float64) for left, right in zip(first, second)))
+
+
+def _logits(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+
+def _zeros(parameters: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+
+
+def _accumulate(sums: list[Tensor], parts: Sequence[Tensor]) -> None:
+    for total, part in zip(sums, parts):
+        total += part
+
+
+def _rows(batches: Sequence[ForgetRetainBatch]) -> Iterator[ForgetRetainBatch]:
+    """Each row as a batch, without its padding."""
+    for batch in batches:
+        for place, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            yield {
+                key: value[place : place + 1, :length] if value.dim() == 2 else value[place : place + 1]
+                for key, value in batch.items()
+            }
