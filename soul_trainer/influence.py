@@ -10,10 +10,10 @@ It is the static, one-shot update that SOUL (Jia et al., 2024, arXiv 2404.18239)
 
     python -m soul_trainer.influence --model DIR --forget forget.jsonl --retain retain.jsonl --output DIR
 
-| `solver` | G | float32 numbers for each weight that moves, at most, besides weights and gradients |
+| `solver` | G | float32 numbers for each weight that moves, besides the weight |
 |---|---|---|
-| `diagonal` | its diagonal, by Gauss-Newton-Bartlett | 6 |
-| `conjugate_gradient` | itself, by products with vectors; by default the diagonal too, for the damping | 6 |
+| `diagonal` | its diagonal, by Gauss-Newton-Bartlett | 7 |
+| `conjugate_gradient` | itself, by products with vectors; by default the diagonal too, for the damping | 8 |
 """
 
 import json
