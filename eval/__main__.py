@@ -1,5 +1,6 @@
 """
 python -m soul_eval SUITE --model DIR --output DIR [--reference ROWS.jsonl]     tofu, muse, wmdp, copyright, detox
+python -m soul_eval own --forget ROWS --model DIR --output DIR                  rows of your own, in any format
 python -m soul_eval attack --model DIR --target DIR --output DIR                does it stay forgotten?
 python -m soul_eval summarise ROWS.jsonl [--reference ROWS.jsonl] [--json]      figures of rows, without a model
 python -m soul_eval compare ROWS.jsonl ROWS.jsonl                               two models, by a paired test

@@ -26,7 +26,8 @@ ROLE_MARKERS = {"target": "s", "gold": "*", "unlearned": "o"}
 SMALLEST_P = 1e-30
 TRADE_OFFS = (
     ("model_utility", "forget_quality", "Forget quality against model utility"),
-    ("forget_probability", "held_out_probability", "What forgetting costs held-out authors"),
+    ("forget_probability", "held_out_probability", "What forgetting costs rows held out"),
+    ("forget_probability", "retain_probability", "What forgetting costs the rows to keep"),
     ("knowmem_forget_rougeL", "knowmem_retain_rougeL", "Knowledge to forget and to keep"),
     ("wmdp_bio_accuracy", "mmlu_accuracy", "Hazardous and general knowledge"),
     ("toxicity_mean", "fluency", "Toxicity and fluency"),
@@ -39,7 +40,10 @@ _ENDS = "The target is a square, an unlearned model a dot, the gold model a star
 _CAPTIONS = {
     "forget_quality": "The gold model (star) never saw the rows to forget. Above the dashed line, p = 0.05, no run "
     f"can be told from it; below {SMALLEST_P:g} all are drawn alike.",
-    "held_out_probability": "A run that forgets and costs nothing moves straight left, to the gold model (star).",
+    **dict.fromkeys(
+        ("held_out_probability", "retain_probability"),
+        "A run that forgets and costs nothing moves straight left, to the gold model (star) if there is one.",
+    ),
 }
 _CLIPPED, _SHARE = "curvature/clipped", "curvature/update_share/"
 
@@ -65,8 +69,13 @@ def draw_all(runs: list[Run]) -> list[Drawing]:
     Returns:
         `list[Drawing]`: Trade-offs, truth ratios, losses, curvature.
     """
+    trade_offs: dict[str, Drawing] = {}
+    for x, y, title in TRADE_OFFS:
+        # Of several costs of the same forgetting, the first that was measured is shown.
+        if x not in trade_offs and (drawing := _trade_off(runs, x, y, title)):
+            trade_offs[x] = drawing
     drawings = (
-        *(_trade_off(runs, x, y, title) for x, y, title in TRADE_OFFS),
+        *trade_offs.values(),
         _truth_ratios(runs),
         _losses(runs),
         _curvature(runs),

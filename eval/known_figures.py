@@ -135,6 +135,17 @@ COLUMNS = (
         "still completes {} of a forgotten text by itself",
         is_main=True,
     ),
+    _forget(
+        *("forget_nll", "forget", "loss in nats", "higher"),
+        "Mean loss on a token of what is to be forgotten; its exponential is the perplexity.",
+        "loses {} nats a token on what was to be forgotten",
+    ),
+    _forget(
+        *("forget_verbatim_overlap", "forget", "verbatim", "lower"),
+        "Longest run of words of an answer to forget that the model's own repeats, as a share of it: 1 is all of it.",
+        "still repeats {} of a forgotten answer in one run",
+        is_main=True,
+    ),
     _keep(
         *("retain_probability", "retain", "prob.", "higher"),
         "Mean probability of the answers that unlearning was told to keep. The goal is the target's value.",
@@ -143,14 +154,14 @@ COLUMNS = (
     ),
     _keep(
         *("held_out_probability", "held-out", "prob.", "higher"),
-        "The same for authors that the model had learnt and unlearning never saw: what unlearning costs where nobody "
+        "The same for rows that the model had learnt and unlearning never saw: what unlearning costs where nobody "
         "looks.",
         "gives the answers that unlearning never saw a probability of {}",
         is_main=True,
     ),
     _keep(
         *("held_out_rougeL_recall", "held-out", "ROUGE-L", "higher"),
-        "Share of a held-out author's answer that the model's own answer holds, in order.",
+        "Share of a held-out answer that the model's own answer holds, in order.",
         "says {} of an answer that unlearning never saw, word for word",
         is_main=True,
     ),
@@ -208,6 +219,14 @@ COLUMNS = (
         *("*_rouge1_f1", "*", "ROUGE-1 F1", "higher"),
         "How many words a true answer and the model's own have in common.",
         "agrees by {} with a true answer",
+    ),
+    _keep(*("*_nll", "*", "loss in nats", "lower"), "Mean loss on a token of the answers.", "loses {} nats a token"),
+    _keep(
+        *("*_verbatim_overlap", "*", "verbatim", "higher"), "Longest run of words of an answer that the model repeats."
+    ),
+    _keep(*("*_exact_memorization", "*", "exact memor.", "higher"), "Share of tokens put first, given those before."),
+    _keep(
+        *("*_extraction_strength", "*", "extraction", "higher"), "Share of an answer that is completed word for word."
     ),
     _keep(
         *("*_embedding_accuracy", "*", "embedding acc.", "higher"),

@@ -11,7 +11,7 @@ from .columns import GROUPS, Column
 from .known_figures import COLUMNS
 
 
-SUITES = ("tofu", "muse", "wmdp", "copyright", "detox")
+SUITES = ("tofu", "muse", "wmdp", "copyright", "detox", "own")
 
 
 @cache

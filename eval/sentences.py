@@ -230,6 +230,9 @@ def _as_they_are(split: str, values: list[float]) -> list[float]:
 # Figures, the split of their rows, and what a row's fields make of it.
 _ROW_VALUES = (
     (r"(.+)_probability", r"\1", _probabilities, ("answer_nll", "perturbed_nll")),
+    (r"(.+)_probability", r"\1", lambda _, nlls: answer_probabilities(nlls), ("answer_nll",)),
+    (r"(.+)_nll", r"\1", _as_they_are, ("answer_nll",)),
+    (r"(.+)_verbatim_overlap", r"\1", _as_they_are, ("verbatim_overlap",)),
     (r"(.+)_truth_ratio", r"\1", _truth_ratios, ("paraphrased_nll", "perturbed_nll")),
     (r"(.+)_rougeL_recall", r"\1", _as_they_are, ("rougeL_recall",)),
     (r"(.+)_rougeL", r"\1", _as_they_are, ("rougeL_f1",)),

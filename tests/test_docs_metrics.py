@@ -104,8 +104,14 @@ def suite_rows():
         ),
         "copyright": ("forget_100", "retain_300"),
         "detox": ("prompts",),
+        "own": ("forget", "retain", "held_out"),
     }
-    own = {"tofu": hits, "wmdp": {"is_correct": True}, "detox": {"toxicity": 0.5, "is_toxic": False, "fluency": 0.5}}
+    own = {
+        "tofu": hits,
+        "own": {"answer_hits": [1, 0, 1], "verbatim_overlap": 0.5},
+        "wmdp": {"is_correct": True},
+        "detox": {"toxicity": 0.5, "is_toxic": False, "fluency": 0.5},
+    }
     return {
         name: [{"split": split, "index": i, **every, **own.get(name, {})} for split in found for i in range(4)]
         for name, found in splits.items()

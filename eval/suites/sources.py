@@ -1,6 +1,6 @@
 """
-Rows that a user names: a dataset on the hub, a folder in the hub's layout, or JSON files. Imports nothing that only a
-model needs.
+Rows that a user names: a dataset on the hub, a folder in the hub's layout, or files of JSON, CSV, Parquet or text.
+Imports nothing that only a model needs.
 """
 
 import json
@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# The readers of `datasets` by a file's ending; CSV has one of its own here.
 JSON_FILES = (".json", ".jsonl")
+READERS = {**dict.fromkeys(JSON_FILES, "json"), ".parquet": "parquet"}
+DATA_FILES = (*READERS, ".csv")
+# The columns of each kind of row of `soul_trainer.formats`; in a dataset with those of several, the first counts.
+KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
 
 
 def load_split(
@@ -27,7 +32,7 @@ def load_split(
     Loads one split of a dataset.
 
     Args:
-        dataset (`str`): A JSON or JSON-lines file, a folder in the hub's layout, or a hub id.
+        dataset (`str`): A JSON, JSON-lines, CSV or Parquet file, a folder in the hub's layout, or a hub id.
         config (`str`, *optional*): Configuration, for those that have several.
         split (`str`, *optional*, defaults to `"train"`): Which rows; a file is one split, whatever this says.
         revision (`str`, *optional*): Of a dataset on the hub.
@@ -41,9 +46,8 @@ def load_split(
         ValueError: If there is no such file, configuration, split or column, or no row.
     """
     path = check_exists(dataset, name)
-    if path.suffix in JSON_FILES and path.is_file():
-        splits = _read("json", path.exists(), data_files=dataset)
-        split = "train"
+    if path.suffix in DATA_FILES and path.is_file():
+        splits = {split: _read_file(path)}
     else:
         splits = _read(dataset, path.exists(), name=config, revision=revision)
     if split not in splits:
@@ -81,13 +85,51 @@ def load_texts(
     """
     path = check_exists(source, name)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not path.exists() or not files or path.suffix in JSON_FILES:
+    if not path.exists() or not files or path.suffix in DATA_FILES:
         rows = load_split(source, config, split, revision, ("text",), name)
         return [text for text in rows["text"] if text]
     try:
         return [file.read_text(encoding="utf-8") for file in files]
     except UnicodeDecodeError as error:
         raise ValueError(f"`{name}`={source!r} is not text in UTF-8: {error}.") from error
+
+
+def load_source(
+    source: str, config: str | None = None, split: str = "train", revision: str | None = None, name: str = "dataset"
+) -> "Dataset":
+    """
+    Loads rows of whatever kind they are.
+
+    Args:
+        source (`str`): A text file or a folder of `.txt` files, whose rows are texts, or what [`load_split`] takes.
+        config (`str`, *optional*): Configuration of a dataset.
+        split (`str`, *optional*, defaults to `"train"`): Split of a dataset.
+        revision (`str`, *optional*): Revision of a dataset on the hub.
+        name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
+
+    Returns:
+        [`~datasets.Dataset`]: With all its columns.
+
+    Raises:
+        ValueError: If there is no such source, or its columns make no kind of row; see [`kind_of`].
+    """
+    from datasets import Dataset
+
+    path = Path(source)
+    is_text = path.is_file() and path.suffix not in DATA_FILES
+    if is_text or (path.is_dir() and any(path.glob("*.txt"))):
+        return Dataset.from_dict({"text": load_texts(source, name=name)})
+    rows = load_split(source, config, split, revision, name=name)
+    kind_of(rows, name)
+    return rows
+
+
+def kind_of(rows: "Dataset", name: str = "dataset") -> tuple[str, ...]:
+    """The columns that make a row; a `ValueError` if there are none."""
+    for columns in KINDS:
+        if set(columns) <= set(rows.column_names):
+            return columns
+    raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {rows.column_names}.")
 
 
 def load_rows(
@@ -151,7 +193,7 @@ def check_exists(source: str, name: str) -> Path:
     """`source` as a path; a `ValueError` if it is not there and cannot be a hub id either."""
     path = Path(source)
     is_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
-    if not path.exists() and (is_path or path.suffix in (".txt", *JSON_FILES)):
+    if not path.exists() and (is_path or path.suffix in (".txt", *DATA_FILES)):
         raise ValueError(f"`{name}`={source!r}: no such file or folder.")
     return path
 
@@ -160,6 +202,17 @@ def spread(num_rows: int, num_chosen: int | None) -> list[int]:
     """So many places of a list, evenly spread and in order; all of them if there are no more, or for `None`."""
     num_chosen = num_rows if num_chosen is None else min(num_chosen, num_rows)
     return [place * num_rows // num_chosen for place in range(num_chosen)]
+
+
+def _read_file(path: Path) -> "Dataset":
+    if path.suffix in READERS:
+        return _read(READERS[path.suffix], True, data_files=str(path))["train"]
+    import pandas
+    from datasets import Dataset
+
+    # All is text: an answer may be a year, or "None". Spreadsheets put a byte order mark before the first name.
+    rows = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    return Dataset.from_pandas(rows, preserve_index=False)
 
 
 def _read(source: str, is_local: bool, **arguments: str | None) -> "dict[str, Dataset]":
