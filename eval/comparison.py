@@ -195,8 +195,8 @@ class Comparison:
             header = make_header(args.output_dir, identity, args.seed, self.suite.name, **hashes)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
             write_rows(rows_file, curve.rows, header)
-            run = report.Run(self.suite.name, self.figures(curve.rows), curve.rows)
-            report.add_to_model_card(Path(args.output_dir, EVALUATION_FILE), self._card_section(run))
+            section = self._card_section(self._read(args, self.suite.name))
+            report.add_to_model_card(Path(args.output_dir, EVALUATION_FILE), section)
         # One upload, of the model with its whole card: `save_model` would push too, before there is one.
         if args.push_to_hub:
             trainer.push_to_hub(finetuned_from=identity["target"])
