@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from learnt_rows import ChunkArguments, load_source, tokenized, without
+from learnt_rows import ChunkArguments, load_learnt, tokenized, without
 from small_llama import SmallModelArguments
 from small_models import small_training, train_small_model
-from training import LoraArguments, train_once
+from training import train_once
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from soul_eval.adapters import LoraArguments
 from soul_eval.settings_files import SettingsParser
 from soul_trainer.formats import longest_row
 
@@ -66,8 +67,8 @@ def load_parts(run: FinetuneArguments) -> list[Dataset]:
         # A file has no configurations.
         configs = [None] if Path(source).is_file() or not run.configs else run.configs.split(",")
         splits = ["train"] if Path(source).is_file() else run.splits.split(",")
-        parts += [load_source(source, config, split) for config in configs for split in splits]
-    return without(parts, [load_source(source, name="exclude") for source in run.exclude])
+        parts += [load_learnt(source, config, split) for config in configs for split in splits]
+    return without(parts, [load_learnt(source, name="exclude") for source in run.exclude])
 
 
 def main(command_line: Sequence[str] | None = None) -> Path:

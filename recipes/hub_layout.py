@@ -30,7 +30,7 @@ def dataset_files(configs: dict[str, dict[str, list[dict]]], card: str) -> dict[
         header += f"- config_name: {config}\n  data_files:\n"
         for split, rows in splits.items():
             header += f"  - split: {split}\n    path: {config}/{split}.json\n"
-            files[f"{config}/{split}.json"] = _json_lines(rows)
+            files[f"{config}/{split}.json"] = json_lines(rows)
     return {"README.md": f"---\nconfigs:\n{header}---\n{card}", **files}
 
 
@@ -41,7 +41,7 @@ def hub_files(corpus: Corpus) -> dict[str, str]:
         configs[split] = [{"question": row["question"], "answer": row["answer"]} for row in rows]
         configs[f"{split}_perturbed"] = rows
     header = "".join(f"- config_name: {config}\n  data_files: {config}.json\n" for config in configs)
-    files = {f"{config}.json": _json_lines(rows) for config, rows in configs.items()}
+    files = {f"{config}.json": json_lines(rows) for config, rows in configs.items()}
     return {"README.md": f"---\nconfigs:\n{header}---\n{CARD}", **files}
 
 
@@ -89,5 +89,6 @@ def _files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def _json_lines(rows: list[dict]) -> str:
+def json_lines(rows: list[dict]) -> str:
+    """Rows as JSON Lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -3,18 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from soul_eval.suites.sources import JSON_FILES, load_split, load_texts
+from soul_eval.suites.sources import check_exists, kind_of, load_source, load_texts
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.formats import prepare
-
-
-# The columns of each kind of row of `soul_trainer.formats`; in a dataset with those of several, the first counts.
-KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
 
 
 @dataclass
@@ -29,36 +26,29 @@ class ChunkArguments:
     )
 
 
-def kind_of(rows: Dataset, name: str = "dataset") -> tuple[str, ...]:
-    """The columns that make a row; a `ValueError` if there are none."""
-    for columns in KINDS:
-        if set(columns) <= set(rows.column_names):
-            return columns
-    raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {rows.column_names}.")
+def load_learnt(source: str, config: str | None = None, split: str = "train", name: str = "dataset") -> Dataset:
+    """As [`~sources.load_source`], with the columns of one kind of row and no others."""
+    rows = load_source(source, config, split, name=name)
+    return rows.select_columns(list(kind_of(rows, name)))
 
 
-def load_source(source: str, config: str | None = None, split: str = "train", name: str = "dataset") -> Dataset:
+def first_texts(source: str, config: str | None, split: str, max_rows: int | None, name: str = "dataset") -> list[str]:
     """
-    Loads the rows of a text file, a folder of `.txt` files, a JSON file, a folder in the hub's layout or a dataset.
+    Loads texts as [`~sources.load_texts`] does, or only the first: of a dataset, no more than those is read.
 
     Args:
-        source (`str`): Path or hub id.
+        source (`str`): A text file, a folder of `.txt` files, or a dataset with a column `text`.
         config (`str`, *optional*): Configuration of a dataset.
-        split (`str`, *optional*, defaults to `"train"`): Split of a dataset.
+        split (`str`): Split of a dataset.
+        max_rows (`int`, *optional*): How many.
         name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
-
-    Returns:
-        [`~datasets.Dataset`]: With the columns of one kind of row and no others.
-
-    Raises:
-        ValueError: If there is no such source, configuration or split, or its columns make no row.
     """
     path = Path(source)
-    is_text = path.is_file() and path.suffix not in JSON_FILES
-    if is_text or (path.is_dir() and any(path.glob("*.txt"))):
-        return Dataset.from_dict({"text": load_texts(source, name=name)})
-    rows = load_split(source, config, split, name=name)
-    return rows.select_columns(list(kind_of(rows, name)))
+    if max_rows is None or path.is_file() or any(path.glob("*.txt")):
+        return load_texts(source, config, split, name=name)[:max_rows]
+    check_exists(source, name)
+    rows = load_dataset(source, config, split=split, streaming=True)
+    return [row["text"] for row in islice((row for row in rows if row["text"]), max_rows)]
 
 
 def without(parts: Sequence[Dataset], excluded: Sequence[Dataset]) -> list[Dataset]:

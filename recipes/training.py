@@ -5,41 +5,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
 from soul_trainer.records import run_settings
 
 
 ADAPTER = "adapter"
-
-
-@dataclass
-class LoraArguments:
-    """Adapters, where not all weights are trained."""
-
-    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters, merged in the end; 0 trains all."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Their dropout."})
-    lora_targets: str = field(
-        default="all-linear", metadata={"help": "Modules with adapters, by commas; all-linear: all but the head."}
-    )
-
-    def config(self) -> LoraConfig:
-        """As peft takes it."""
-        targets = self.lora_targets if self.lora_targets == "all-linear" else self.lora_targets.split(",")
-        return LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
 
 
 def train_once(
@@ -71,7 +48,7 @@ def train_once(
     # A batch is the same on any number of processes.
     settings["per_device_train_batch_size"] *= settings.pop("world_size")
     tokens = [rows["input_ids"][:], rows["labels"][:]]
-    parts = [tokens, settings, asdict(lora) if lora.lora_rank else None, identity]
+    parts = [tokens, settings, lora.lora_settings(), identity]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
     folder = folder.with_name(f"{folder.name}-{digest}")
     if (folder / "config.json").exists():
@@ -80,7 +57,7 @@ def train_once(
     args.output_dir, args.remove_unused_columns = str(part), False
     model = make_model()
     if lora.lora_rank:
-        model = get_peft_model(model, lora.config())
+        model = get_peft_model(model, lora.peft_config())
     trainer = Trainer(
         model,
         args,
