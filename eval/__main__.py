@@ -47,11 +47,14 @@ def run_suite(name: str, arguments: list[str]) -> None:
     from transformers import HfArgumentParser
 
     from . import running
+    from .input_methods import InputArguments
 
     suite = SUITES[name]
-    parser = HfArgumentParser((running.EvalArguments, suite.arguments), prog=f"python -m soul_eval {name}")
-    args, own = parser.parse_args_into_dataclasses(arguments)
-    found = running.run_suite(suite, args, own)
+    parser = HfArgumentParser(
+        (running.EvalArguments, suite.arguments, InputArguments), prog=f"python -m soul_eval {name}"
+    )
+    args, own, inputs = parser.parse_args_into_dataclasses(arguments)
+    found = running.run_suite(suite, args, own, inputs)
     if found is None:
         return
     reference = read_rows(args.reference) if args.reference else None

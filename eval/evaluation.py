@@ -11,6 +11,7 @@ from soul_trainer.engines import Engine
 from soul_trainer.formats import Example, render
 
 from .gradient_norms import gradient_norms
+from .input_methods import Transform, check_lengths
 from .journal import Journal, Key
 from .scoring import AUTO, generate_answers, longest_input, score_answers
 from .suites.base import DETAILS, GENERATION, GRADIENT, Part
@@ -26,6 +27,7 @@ def ask(
     engine: Engine | None = None,
     journal: Journal | None = None,
     progress: bool = True,
+    transform: Transform | None = None,
 ) -> list[dict]:
     """
     Asks all parts of all rows.
@@ -40,6 +42,7 @@ def ask(
         engine ([`~soul_trainer.engines.Engine`], *optional*): Shares the rows out over its processes.
         journal ([`~journal.Journal`], *optional*): What is in it is not asked again.
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+        transform (`Callable`, *optional*): What is asked instead of a part's answers; see [`~input_methods`].
 
     Returns:
         `list[dict]`: On every process, the rows with the fields of their parts.
@@ -60,7 +63,12 @@ def ask(
         passes[part.kind, part.max_new_tokens][key] = part
     settings = {"engine": engine, "progress": progress and (engine is None or engine.process_index == 0)}
     for (kind, max_new_tokens), members in passes.items():
-        examples = {key: _examples(key, part, tokenizer, prompt_template) for key, part in members.items()}
+        examples = {key: _examples(key, part, tokenizer, prompt_template, transform) for key, part in members.items()}
+        if transform:
+            plain = [_examples(key, part, tokenizer, prompt_template) for key, part in members.items()]
+            names = [f"Row {index} of `{split}`" for split, index, _ in members]
+            limit = longest_input(model, tokenizer)
+            check_lengths(list(examples.values()), plain, names, tokenizer, limit)
         if kind == GRADIENT:
             answers = _gradient_norms(model, tokenizer, examples, **settings)
         elif kind == GENERATION:
@@ -135,8 +143,15 @@ def _finished(
     return dict(engine.gather(finished) if engine is not None else finished)
 
 
-def _examples(key: Key, part: Part, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[Example]:
+def _examples(
+    key: Key,
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    transform: Transform | None = None,
+) -> list[Example]:
     try:
-        return [render(answer, tokenizer, template) for answer in part.answers]
+        answers = [transform(answer) for answer in part.answers] if transform else part.answers
+        return [render(answer, tokenizer, template) for answer in answers]
     except ValueError as error:
         raise ValueError(f"Row {key[1]} of `{key[0]}`: {error}") from error

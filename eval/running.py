@@ -15,6 +15,7 @@ from soul_trainer.engines import Engine
 
 from .evaluation import ask
 from .general import check_tasks, general_ability
+from .input_methods import NONE, InputArguments, InputMethod, load_input_method
 from .journal import Journal
 from .models import load_model, load_tokenizer, setup_digest, weights_digest
 from .rows import make_header, read_rows, write_rows, write_whole
@@ -50,7 +51,7 @@ class EvalArguments:
         default=None, metadata={"help": "lm-eval tasks or sets besides, by commas: soul, wikitext, mmlu, wmdp, ..."}
     )
     include_path: str | None = field(default=None, metadata={"help": "Folder of lm-eval tasks of your own."})
-    seed: int = field(default=0, metadata={"help": "Recorded with the rows."})
+    seed: int = field(default=0, metadata={"help": "Recorded with the rows; draws the examples of in_context."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model may run."})
     overwrite: bool = field(default=False, metadata={"help": "Replace other results in the output folder."})
 
@@ -60,7 +61,9 @@ class EvalArguments:
             raise ValueError(f"`limit` must be at least 1, but it is {self.limit}.")
 
 
-def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[dict]] | None:
+def run_suite(
+    suite: Suite, args: EvalArguments, own: Any, inputs: InputArguments | None = None
+) -> tuple[dict, list[dict]] | None:
     """
     Evaluates a model on a suite, or finds that it has been.
 
@@ -68,6 +71,7 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
         suite ([`~suites.base.Suite`]): What to ask.
         args ([`EvalArguments`]): Whom to ask.
         own (`Any`): The suite's own settings.
+        inputs ([`~input_methods.InputArguments`], *optional*): What stands before each prompt; by default nothing.
 
     Returns:
         `tuple[dict, list[dict]]`: Header and rows, as they are in `rows.jsonl`; `None` on other processes than the
@@ -76,7 +80,10 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
     Raises:
         ValueError: If the folder holds other results and `overwrite` is not set, or the reference is of other rows.
     """
+    inputs = inputs or InputArguments()
     if args.general:
+        if inputs.input_method != NONE:
+            raise ValueError("lm-eval asks the model without `input_method`: leave out `general`, or that.")
         check_tasks(args.general.split(","), args.include_path)
     engine = _engine(args)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
@@ -86,9 +93,10 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
     if args.reference and suite.check_reference:
         # Before the model runs: a reference of other rows would only be found out afterwards.
         suite.check_reference(rows, read_rows(args.reference)[1])
+    method = load_input_method(inputs, tokenizer, args.prompt_template, args.seed)
     device = engine.accelerator.device if engine else args.device
     model = load_model(args.model, device, args.dtype, args.seed, args.trust_remote_code)
-    header = _header(suite, args, own, model, tokenizer, rows)
+    header = _header(suite, args, own, model, tokenizer, rows, method)
     path = Path(args.output) / "rows.jsonl"
     is_main = engine is None or engine.process_index == 0
     # The first process alone looks and moves: files that are moved while others look would be there for some.
@@ -111,8 +119,9 @@ def run_suite(suite: Suite, args: EvalArguments, own: Any) -> tuple[dict, list[d
     def parts_of(row: dict) -> list:
         return suite.parts(row, own)
 
+    asking = {"engine": engine, "journal": journal, "transform": method and method.transform}
     try:
-        rows = ask(model, tokenizer, rows, parts_of, args.batch_size, args.prompt_template, engine, journal)
+        rows = ask(model, tokenizer, rows, parts_of, args.batch_size, args.prompt_template, **asking)
     finally:
         journal.close()
     general = _general_ability(args, model, tokenizer, engine)
@@ -185,9 +194,13 @@ def _engine(args: EvalArguments) -> Engine | None:
     return Engine(PartialState(cpu=args.device == "cpu"))
 
 
-def _header(suite: Suite, args: EvalArguments, own: Any, model, tokenizer, rows: list[dict]) -> dict:
+def _header(
+    suite: Suite, args: EvalArguments, own: Any, model, tokenizer, rows: list[dict], method: InputMethod | None
+) -> dict:
     names = ("prompt_template", "limit", *GENERAL)
     settings = {**{name: getattr(args, name) for name in names}, **asdict(own)}
+    if method:  # without one, headers are as they were before there were any
+        settings |= method.settings
     settings["dtype"] = str(model.dtype).removeprefix("torch.")
     hashes = {"weights": weights_digest(model), "setup": setup_digest(model, tokenizer)}
     hashes["questions"] = questions_digest(rows)

@@ -21,7 +21,7 @@ from random import Random
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from soul_trainer.batch import IGNORE_INDEX
-from soul_trainer.formats import Example, encode, render
+from soul_trainer.formats import DEFAULT_PROMPT_TEMPLATE, Example, encode, render
 
 from ..metrics.rouge_overlap.formula import rouge_scores
 from ..scoring import AUTO, generate_answers, score_answers
@@ -100,9 +100,12 @@ def with_shots(
     shots = [shot for shot in shots if not _is_same(shot, row)]
     is_chat = "messages" in answer or isinstance(answer.get("prompt"), list)
     if is_chat or ("question" in answer and tokenizer.chat_template and prompt_template is None):
-        return {"messages": [turn for each in (*shots, answer) for turn in _turns(each)]}
-    own = render(answer, tokenizer, prompt_template)
-    rendered = [render(shot, tokenizer, prompt_template) for shot in shots]
+        own = _turns(answer)
+        system = [turn for turn in own[:1] if turn["role"] == "system"]
+        shown = [turn for shot in shots for turn in _turns(shot) if turn["role"] != "system"]
+        return {"messages": [*system, *shown, *own[len(system) :]]}
+    # Of a chat model too: examples before a bare prompt are bare.
+    own, *rendered = (render(each, tokenizer, prompt_template or DEFAULT_PROMPT_TEMPLATE) for each in (answer, *shots))
     before = "".join(f"{shot.prompt}{shot.answer.rstrip()}\n\n" for shot in rendered)
     return {"prompt": before + own.prompt, "completion": own.answer}
 
@@ -244,9 +247,13 @@ def _is_same(shot: dict, row: dict) -> bool:
 def _turns(row: dict) -> list[dict]:
     if "messages" in row:
         return row["messages"]
-    if "prompt" in row:
+    if isinstance(row.get("prompt"), list):
         return row["prompt"] + row["completion"]
-    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    if "question" in row:
+        return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    # White space between a prompt and its completion has no place in a chat.
+    contents = {"user": row["prompt"].strip(), "assistant": row["completion"].strip()}
+    return [{"role": role, "content": content} for role, content in contents.items()]
 
 
 def _num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> int:
