@@ -211,9 +211,7 @@ def test_every_suite_s_prompts_are_changed_and_its_answers_are_not(tokenizer, tm
     assert parts
     for answer in (answer for part in parts for answer in part.answers):
         plain = render(answer, tokenizer)
-        for method, start in zip(
-            methods, (INSTRUCTION.replace("{avoid}", "Ada"), "Question: Who drew it?\nAnswer: Zoe")
-        ):
+        for method, start in zip(methods, starts):
             found = render(method.transform(answer), tokenizer)
             assert found.prompt.startswith(start + "\n\n") and found.prompt.endswith(plain.prompt)
             assert found.answer == plain.answer
