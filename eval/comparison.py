@@ -174,6 +174,7 @@ class Comparison:
 
     def _train(self, trainer: UnlearnTrainer, rows: list[dict], identity: dict, num_evaluations: int) -> None:
         args, rows_file = trainer.args, rows_file_of(trainer.args)
+        is_tracked_already = _tracked_run() is not None
         if trainer.is_world_process_zero():
             for stale in (rows_file, Path(args.output_dir, EVALUATION_FILE)):
                 stale.unlink(missing_ok=True)
@@ -204,7 +205,9 @@ class Comparison:
             trainer.save_model()
             trainer.create_model_card(finetuned_from=identity["target"])
         trainer.accelerator.wait_for_everyone()
-        _end_tracking()
+        # Other trackers end their run by themselves. In this one's, the next model would go on.
+        if not is_tracked_already and _tracked_run() is not None:
+            sys.modules["wandb"].finish()
 
     def _read(self, config: UnlearnConfig, name: str) -> report.Run:
         header, rows = read_rows(rows_file_of(config))
@@ -227,10 +230,9 @@ def same_rows(found: list[dict], rows: list[dict]) -> list[dict]:
     return [row for row in found if (row["split"], row["index"]) in wanted]
 
 
-def _end_tracking() -> None:
-    """Ends the run of Weights & Biases, which others end by themselves: the next model would go on in it."""
-    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].finish()
+def _tracked_run() -> object | None:
+    """The run of Weights & Biases that is being written, if any."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def _weight_files(model_name: str) -> list[list]:

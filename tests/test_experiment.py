@@ -1,6 +1,9 @@
 """What recipes share: settings by their rank, runs, trackers, the hub."""
 
+import importlib.machinery
 import json
+import sys
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -239,6 +242,30 @@ def test_a_tracker_gets_each_run_under_its_own_name(tmp_path, monkeypatch):
     for figures in seen.values():
         assert {"loss", "forget_loss", "eval_tofu_forget_quality", "eval_tofu_retain_probability"} <= figures
     assert "curvature/clipped" in seen["tofu-soul-npo"]
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_each_model_has_a_run_of_weights_and_biases_unless_the_user_opened_one(tmp_path, monkeypatch, is_running):
+    """Would catch a second model whose curves go on in the first one's run, and a user's run that is closed."""
+    finished = []
+
+    class Wandb(types.ModuleType):
+        run = "the user's" if is_running else None
+
+        def finish(self):
+            finished.append(self.run)
+            self.run = None
+
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            wandb.run = wandb.run or args.run_name
+
+    wandb = Wandb("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Tracker)
+    scene_experiment(tmp_path, "--report_to", "recorder").run(scene_task(tmp_path))
+    assert finished == ([] if is_running else ["tofu-adamw_torch-npo", "tofu-soul-npo"])
 
 
 def test_the_hub_gets_the_model_with_its_whole_card_and_none_of_the_rows(tmp_path, monkeypatch):
