@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
+from .log_probs import shift_labels
 
 
 @dataclass
@@ -13,8 +14,8 @@ class UnlearnCollator:
     """
     Pads rows on the right to the longest of the batch.
 
-    Items with a `forget` or a `retain` row become a [`~batch.ForgetRetainBatch`], forget rows first; plain rows (as in
-    evaluation) become `input_ids`, `attention_mask` and `labels` alone.
+    Items with a `forget`, a `retain` or a `preferred` row become a [`~batch.ForgetRetainBatch`], in this order; plain
+    rows (as in evaluation) become `input_ids`, `attention_mask` and `labels` alone.
 
     Args:
         pad_token_id (`int`): Fills `input_ids`. It may be the end of sequence: the mask comes from lengths.
@@ -30,14 +31,31 @@ class UnlearnCollator:
     def __call__(self, items: list[dict]) -> ForgetRetainBatch:
         if "input_ids" in items[0]:
             return self._pad(items)
-        halves = [[item[half] for item in items if half in item] for half in ("forget", "retain")]
-        rows = halves[0] + halves[1]
+        parts = [[item[part] for item in items if part in item] for part in ("forget", "retain", "preferred")]
+        rows = [row for part in parts for row in part]
         batch = self._pad(rows)
-        batch["is_forget"] = torch.tensor([True] * len(halves[0]) + [False] * len(halves[1]))
+        batch["is_forget"] = torch.arange(len(rows)) < len(parts[0])
+        if parts[2]:
+            batch["is_preferred"] = torch.arange(len(rows)) >= len(rows) - len(parts[2])
         batch["row"] = torch.tensor([row["row"] for row in rows])
-        if halves[0] and "reference_log_prob" in halves[0][0]:
+        if any("reference_log_prob" in row for row in rows):
             batch["reference_log_prob"] = torch.tensor([row.get("reference_log_prob", 0.0) for row in rows])
+        if any("reference_ids" in row for row in rows):
+            batch |= self._place_references(rows, batch["labels"])
         return batch
+
+    @staticmethod
+    def _place_references(rows: list[dict], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What rows keep for each answer token, at the position that predicts it."""
+        num_ids = next(len(row["reference_ids"][0]) for row in rows if "reference_ids" in row)
+        ids = torch.zeros(*labels.shape, num_ids, dtype=torch.long)
+        log_probs = torch.zeros(*labels.shape, num_ids + 1)
+        is_answer = shift_labels(labels) != IGNORE_INDEX
+        for index, row in enumerate(rows):
+            if "reference_ids" in row:
+                ids[index, is_answer[index]] = torch.tensor(row["reference_ids"])
+                log_probs[index, is_answer[index]] = torch.tensor(row["reference_log_probs"])
+        return {"reference_ids": ids, "reference_log_probs": log_probs}
 
     def _pad(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)

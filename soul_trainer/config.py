@@ -1,25 +1,18 @@
 """Settings. Each field is documented once, in its `help`, which the command line shows."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
 
-from .objectives import FORGET_LOSSES, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES
+from .objectives import FORGET_LOSSES, RETAIN_LOSSES
+from .settings import ObjectiveArguments, check_choice, setting
+from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
 SOPHIA_NAMES = ("soul", "sophia")
 HESSIAN_ESTIMATORS = ("gauss_newton_bartlett", "empirical_fisher", "hutchinson")
 HESSIAN_DATA = ("retain", "forget", "both", "training")
-
-
-def _setting(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-def check_choice(name: str, value: str, known: tuple[str, ...] | dict) -> None:
-    """Raises a `ValueError` that lists the known values unless `value` is one of them."""
-    if value not in known:
-        raise ValueError(f"`{name}` must be one of {', '.join(known)}, but it is {value!r}.")
+REFERENCES = ("auto", "cached_topk")
 
 
 @dataclass
@@ -29,28 +22,28 @@ class SophiaArguments:
     the keys of `optim_args="rho=0.04,hessian_interval=10"`, where the prefix `hessian_` may be left out.
     """
 
-    rho: float = _setting(0.04, "Sophia's curvature scale (rho), > 0; it must fit the scale of the Hessian.")
-    beta1: float = _setting(0.9, "Sophia's decay of the momentum (beta1), in [0, 1). `adam_beta1` is AdamW's.")
-    beta2: float = _setting(0.95, "Sophia's decay of the Hessian per refresh (beta2), in [0, 1).")
-    eps: float = _setting(1e-15, "Sophia's epsilon in the denominator, > 0.")
-    bias_correction: bool = _setting(True, "Whether the Hessian's start-up bias is corrected (SophiaG does not).")
-    hessian_interval: int = _setting(
+    rho: float = setting(0.04, "Sophia's curvature scale (rho), > 0; it must fit the scale of the Hessian.")
+    beta1: float = setting(0.9, "Sophia's decay of the momentum (beta1), in [0, 1). `adam_beta1` is AdamW's.")
+    beta2: float = setting(0.95, "Sophia's decay of the Hessian per refresh (beta2), in [0, 1).")
+    eps: float = setting(1e-15, "Sophia's epsilon in the denominator, > 0.")
+    bias_correction: bool = setting(True, "Whether the Hessian's start-up bias is corrected (SophiaG does not).")
+    hessian_interval: int = setting(
         10, "Optimizer steps between two refreshes of the Hessian; 0 refreshes once, before the first step."
     )
-    hessian_estimator: str = _setting(
+    hessian_estimator: str = setting(
         "gauss_newton_bartlett", f"Estimator of the Hessian's diagonal: {', '.join(HESSIAN_ESTIMATORS)}."
     )
-    hessian_data: str = _setting(
+    hessian_data: str = setting(
         "retain",
         "Rows whose Hessian is estimated: retain, forget, both, or training: the training gradient itself is squared, "
         "at no cost, as the released SOUL code does (with the estimator empirical_fisher).",
     )
-    hessian_batch_size: int = _setting(32, "Rows of one estimate, over all processes.")
-    hessian_rows: int | None = _setting(
+    hessian_batch_size: int = setting(32, "Rows of one estimate, over all processes.")
+    hessian_rows: int | None = setting(
         None,
         "With hessian_interval=0: rows that are visited, averaging estimates of hessian_batch_size; all if unset.",
     )
-    hessian_label_smoothing: float = _setting(0.0, "Label smoothing of the estimator empirical_fisher, in [0, 1).")
+    hessian_label_smoothing: float = setting(0.0, "Label smoothing of the estimator empirical_fisher, in [0, 1).")
 
     def check(self) -> None:
         """Raises a `ValueError` that names the first setting that is out of its range."""
@@ -117,7 +110,7 @@ def parse_optim_args(optim_args: str | dict | None) -> dict:
 
 
 @dataclass
-class UnlearnConfig(SophiaArguments, TrainingArguments):
+class UnlearnConfig(ObjectiveArguments, SophiaArguments, TrainingArguments):
     """
     `TrainingArguments` with what unlearning adds. Defaults that differ from `TrainingArguments`: `optim="soul"`,
     `learning_rate=1e-5`, `num_train_epochs=5`, `remove_unused_columns=False`.
@@ -127,26 +120,42 @@ class UnlearnConfig(SophiaArguments, TrainingArguments):
             its range.
     """
 
-    optim: str = _setting("soul", "The optimizer: soul (alias sophia), or any that transformers knows.")
-    learning_rate: float = _setting(1e-5, "Peak learning rate.")
-    num_train_epochs: float = _setting(5, "Passes over the forget rows.")
-    remove_unused_columns: bool = _setting(False, "Kept False: rows carry more than the model's arguments.")
+    optim: str = setting("soul", "The optimizer: soul (alias sophia), or any that transformers knows.")
+    learning_rate: float = setting(1e-5, "Peak learning rate.")
+    num_train_epochs: float = setting(5, "Passes over the forget rows.")
+    remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
 
-    forget_loss: str = _setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
-    retain_loss: str = _setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
-    forget_weight: float = _setting(1.0, "Weight of the forget loss, >= 0.")
-    retain_weight: float = _setting(1.0, "Weight of the retain loss, >= 0 (gamma in SOUL's code).")
-    retain_weight_schedule: str = _setting(
+    forget_loss: str = setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
+    retain_loss: str = setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
+    forget_weight: float = setting(1.0, "Weight of the forget loss, >= 0.")
+    retain_weight: float = setting(1.0, "Weight of the retain loss, >= 0 (gamma in SOUL's code).")
+    retain_weight_schedule: str = setting(
         "constant", f"How the retain weight grows to its value: {', '.join(RETAIN_WEIGHT_SCHEDULES)}."
     )
-    npo_beta: float = _setting(0.1, "Inverse temperature of NPO (beta), > 0; gradient ascent is its limit at 0.")
-    l1_weight: float = _setting(0.0, "Weight of the sum of absolute weights, >= 0 (alpha of l1-sparse).")
-    max_length: int | None = _setting(None, "Longest row in tokens; by default as long as the model takes.")
-    prompt_template: str | None = _setting(
+    retain_loss_limit: float = setting(
+        0.0, "With primal_dual: the retain loss that is allowed, in nats a token (epsilon of PDU), >= 0."
+    )
+    dual_step_size: float = setting(1.0, "With primal_dual: step of the weight per optimizer step, >= 0.")
+    dual_warmup_epochs: float = setting(0.0, "With primal_dual: epochs before the weight moves, >= 0.")
+    l1_weight: float = setting(0.0, "Weight of the sum of absolute weights, >= 0 (alpha of l1-sparse).")
+    trainable_parameters: str | None = setting(
+        None,
+        "Regular expression that is searched in parameters' names: the others are frozen. By default all are trained; "
+        "with forget_loss=rmu, the down projections of rmu_layer and the two before it.",
+    )
+    frozen_parameters: str | None = setting(None, "Regular expression: parameters whose names have it are frozen.")
+    reference: str = setting(
+        "auto",
+        "The model before unlearning, for losses that need its distributions: auto (the adapter switched off, else a "
+        "copy of the weights that are trained) or cached_topk (its most probable tokens, kept on disk).",
+    )
+    reference_topk: int = setting(64, "With cached_topk: tokens that are kept at each position, >= 1.")
+    max_length: int | None = setting(None, "Longest row in tokens; by default as long as the model takes.")
+    prompt_template: str | None = setting(
         None, "Template of question/answer rows, with {question} and, at its end, {answer}; by default the chat's."
     )
-    refusal_answers: str | None = _setting(None, "Text file with one refusal a line, for forget_loss=refusal.")
-    overwrite: bool = _setting(False, "Whether to overwrite a finished run in output_dir.")
+    refusal_answers: str | None = setting(None, "Text file with one refusal a line, for forget_loss=refusal or dpo.")
+    overwrite: bool = setting(False, "Whether to overwrite a finished run in output_dir.")
 
     def __post_init__(self):
         if self.optim in SOPHIA_NAMES:
@@ -157,17 +166,25 @@ class UnlearnConfig(SophiaArguments, TrainingArguments):
         check_choice("forget_loss", self.forget_loss, FORGET_LOSSES)
         check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
         check_choice("retain_weight_schedule", self.retain_weight_schedule, RETAIN_WEIGHT_SCHEDULES)
-        for name in ("forget_weight", "retain_weight", "l1_weight"):
+        check_choice("reference", self.reference, REFERENCES)
+        self.check_objectives()
+        for name in (
+            *("forget_weight", "retain_weight", "l1_weight"),
+            *("retain_loss_limit", "dual_step_size", "dual_warmup_epochs"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be >= 0, but it is {getattr(self, name)}.")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, but it is {self.max_length}.")
+        for name in ("max_length", "reference_topk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning for unlearning objectives: leave it at 0.")
-        if self.npo_beta <= 0:
-            raise ValueError(f"`npo_beta` must be > 0, but it is {self.npo_beta}.")
         if self.forget_loss == "none" and self.retain_loss == "none":
             raise ValueError("`forget_loss` and `retain_loss` are both 'none': there is nothing to train on.")
+        if self.retain_weight_schedule == "primal_dual" and self.retain_loss == "none":
+            raise ValueError(
+                "`retain_weight_schedule='primal_dual'` weighs a retain loss, and `retain_loss` is 'none'."
+            )
         self.remove_unused_columns = False
 
     @classmethod

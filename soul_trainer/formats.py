@@ -138,6 +138,31 @@ def encode_all(
     return rows
 
 
+def without_first_labels(dataset: Dataset, num_tokens: int, name: str) -> Dataset:
+    """
+    Takes the labels off the first tokens of each answer.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): From [`prepare`].
+        num_tokens (`int`): How many tokens of an answer.
+        name (`str`): What errors call the dataset.
+
+    Raises:
+        ValueError: If a row has no label left; it is named.
+    """
+
+    def shorten(row: dict, index: int) -> dict:
+        places = [place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX and place]
+        if len(places) <= num_tokens:
+            raise ValueError(
+                f"Row {index} of `{name}`: this loss skips {num_tokens} answer token(s), and there are {len(places)}."
+            )
+        first = places[num_tokens]
+        return {"labels": [IGNORE_INDEX] * first + row["labels"][first:]}
+
+    return dataset.map(shorten, with_indices=True, desc=f"Skipping first tokens of {name}") if num_tokens else dataset
+
+
 def longest_row(max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """`max_length` or, without, as many tokens as the model takes; a `ValueError` if it takes less."""
     longest = min(getattr(model.config, "max_position_embeddings", None) or 2**30, tokenizer.model_max_length)
@@ -165,7 +190,8 @@ def prepare(
         name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
 
     Returns:
-        [`~datasets.Dataset`]: Columns `input_ids`, `labels`, `row` and, unless it came tokenized, [`Example`]'s.
+        [`~datasets.Dataset`]: Columns `input_ids`, `labels`, `row` and, unless it came tokenized, [`Example`]'s, and
+        `alternate`, other answers to the same prompt, if it has them.
 
     Raises:
         ValueError: If it is empty, a column is missing, or a row has no answer; bad rows are named.
@@ -186,7 +212,8 @@ def prepare(
     def tokenize(row: dict, index: int) -> dict:
         try:
             example = render(row, tokenizer, prompt_template)
-            return {**example._asdict(), **encode(tokenizer, example, max_length), "row": index}
+            kept = {"alternate": _alternates(row["alternate"])} if "alternate" in row else {}
+            return {**example._asdict(), **encode(tokenizer, example, max_length), **kept, "row": index}
         except ValueError as error:
             raise ValueError(f"Row {index} of `{name}`: {error}") from error
 
@@ -207,6 +234,13 @@ def _check_tokenized(dataset: Dataset, max_length: int | None, name: str) -> Non
             raise ValueError(f"Row {index} of `{name}`: {len(ids)} tokens, but the longest row may have {max_length}.")
         if all(label == IGNORE_INDEX for label in labels[1:]):
             raise ValueError(f"Row {index} of `{name}`: no label after the first token: nothing to predict.")
+
+
+def _alternates(answers: str | list[str]) -> list[str]:
+    answers = [answers] if isinstance(answers, str) else answers
+    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError(f"`alternate` must hold at least one answer and no empty one, but it is {answers!r}.")
+    return answers
 
 
 def _require_text(row: dict, *columns: str) -> None:

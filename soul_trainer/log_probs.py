@@ -59,7 +59,7 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
     log_probs = logits.new_zeros(flat_targets.shape, dtype=torch.float32)
     hits = torch.zeros_like(flat_targets, dtype=torch.bool)
-    for chunk in _answer_chunks(targets):
+    for chunk in answer_chunks(targets):
         scores, labels = flat_logits[chunk].float(), flat_targets[chunk]
         log_probs[chunk] = scores.gather(1, labels[:, None]).squeeze(1) - scores.logsumexp(1)
         hits[chunk] = scores.argmax(1) == labels
@@ -81,7 +81,7 @@ def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch
     flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
     log_probs, z_scores = (logits.new_zeros(flat_targets.shape, dtype=torch.float32) for _ in range(2))
     hits = torch.zeros_like(flat_targets, dtype=torch.bool)
-    for chunk in _answer_chunks(targets):
+    for chunk in answer_chunks(targets):
         labels = flat_targets[chunk]
         hits[chunk] = flat_logits[chunk].argmax(1) == labels
         # Tokens that a model forbids have -inf, of which 0 * -inf would make no number.
@@ -95,29 +95,6 @@ def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch
     return log_probs.view_as(targets), hits.view_as(targets), z_scores.view_as(targets)
 
 
-def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    KL(reference || model) of the next-token distribution at each answer position, in nats.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(rows, tokens, vocabulary)`): The model that is trained.
-        reference_logits (`torch.FloatTensor` of shape `(rows, tokens, vocabulary)`): No gradient flows into it.
-        targets (`torch.LongTensor` of shape `(rows, tokens)`): From [`shift_labels`]; says which positions count.
-
-    Returns:
-        `torch.FloatTensor` of shape `(rows, tokens)`: Float32, zero where `targets` is `IGNORE_INDEX`.
-    """
-    return _TokenDivergence.apply(logits, reference_logits.detach(), targets, _kl)
-
-
-def token_cross_entropy(logits: torch.Tensor, reference_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Cross-entropy of the reference under the model's own distribution, `-sum_v p(v) log p_reference(v)`, at each answer
-    position, in nats: KL(model || reference) plus the model's entropy. Arguments and result are those of [`token_kl`].
-    """
-    return _TokenDivergence.apply(logits, reference_logits.detach(), targets, _cross_entropy)
-
-
 def _check_positions(logits: torch.Tensor, targets: torch.Tensor) -> None:
     if logits.shape[:2] != targets.shape:
         raise ValueError(
@@ -126,20 +103,8 @@ def _check_positions(logits: torch.Tensor, targets: torch.Tensor) -> None:
         )
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # d KL(q || p) / d logits = p - q
-    q = log_q.exp()
-    return (q * (log_q - log_p)).sum(1), log_p.exp() - q
-
-
-def _cross_entropy(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # d H(p, q) / d logits = p (-log q - H(p, q))
-    p = log_p.exp()
-    value = -(p * log_q).sum(1)
-    return value, -p * (log_q + value[:, None])
-
-
-def _answer_chunks(targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def answer_chunks(targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The answer positions, as places among all rows' tokens, in chunks of at most `CHUNK_TOKENS`."""
     return (targets.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1).split(CHUNK_TOKENS)
 
 
@@ -148,7 +113,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, logits, targets, label_smoothing):
         flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
         log_probs = logits.new_zeros(flat_targets.shape, dtype=torch.float32)
-        for chunk in _answer_chunks(targets):
+        for chunk in answer_chunks(targets):
             scores = flat_logits[chunk].float()
             value = scores.gather(1, flat_targets[chunk, None]).squeeze(1)
             if label_smoothing:
@@ -165,7 +130,7 @@ class _TokenLogProbs(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         flat_logits, flat_targets, grad = logits.flatten(0, 1), targets.flatten(), grad.flatten()
         grad_logits = torch.zeros_like(flat_logits)
-        for chunk in _answer_chunks(targets):
+        for chunk in answer_chunks(targets):
             delta = flat_logits[chunk].float().softmax(1).neg_()
             if ctx.label_smoothing:
                 delta += ctx.label_smoothing / delta.shape[1]
@@ -173,27 +138,3 @@ class _TokenLogProbs(torch.autograd.Function):
             delta.scatter_add_(1, flat_targets[chunk, None], weight)
             grad_logits[chunk] = (delta * grad[chunk, None]).to(grad_logits.dtype)
         return grad_logits.view_as(logits), None, None
-
-
-class _TokenDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, reference_logits, targets, rule):
-        flat_logits, flat_reference = logits.flatten(0, 1), reference_logits.flatten(0, 1)
-        divergence = logits.new_zeros(targets.numel(), dtype=torch.float32)
-        for chunk in _answer_chunks(targets):
-            log_p, log_q = (flat[chunk].float().log_softmax(1) for flat in (flat_logits, flat_reference))
-            divergence[chunk] = rule(log_p, log_q)[0]
-        ctx.save_for_backward(logits, reference_logits, targets)
-        ctx.rule = rule
-        return divergence.view_as(targets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        logits, reference_logits, targets = ctx.saved_tensors
-        flat_logits, flat_reference, grad = logits.flatten(0, 1), reference_logits.flatten(0, 1), grad.flatten()
-        grad_logits = torch.zeros_like(flat_logits)
-        for chunk in _answer_chunks(targets):
-            log_p, log_q = (flat[chunk].float().log_softmax(1) for flat in (flat_logits, flat_reference))
-            grad_logits[chunk] = (ctx.rule(log_p, log_q)[1] * grad[chunk, None]).to(grad_logits.dtype)
-        return grad_logits.view_as(logits), None, None, None

@@ -10,6 +10,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from .config import SOPHIA_NAMES, SophiaArguments, UnlearnConfig
+from .objectives import Objectives
+from .settings import ObjectiveArguments
 
 
 RUN_FILE = "unlearning.json"
@@ -35,9 +37,12 @@ def write_whole(path: Path, text: str) -> None:
 def run_settings(args: UnlearnConfig) -> dict:
     """The settings that another run must repeat to get the same model."""
     inherited = {setting.name for setting in fields(TrainingArguments)}
-    own = [setting.name for setting in fields(args) if setting.name not in inherited | {"overwrite"}]
+    objectives = Objectives.named(args.forget_loss, args.retain_loss)
+    idle = {setting.name for setting in fields(ObjectiveArguments)}
+    idle -= {name for objective in objectives if objective for name in objective.settings}
     if args.optim not in SOPHIA_NAMES:
-        own = [name for name in own if name not in {setting.name for setting in fields(SophiaArguments)}]
+        idle |= {setting.name for setting in fields(SophiaArguments)}
+    own = [setting.name for setting in fields(args) if setting.name not in inherited | idle | {"overwrite"}]
     values = {name: getattr(args, name) for name in (*own, *_TRAINING_SETTINGS)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 

@@ -1,30 +1,32 @@
 """
-What the model said before unlearning, at the least cost in memory.
+The model before unlearning, without a second model in memory. What a number, or a few, a token can say is computed
+once and kept with the rows (`reference_rows.py`); for the rest:
 
 | an objective needs | it gets |
 |---|---|
-| one number a sequence (NPO) | log-probabilities computed once before training, kept as a column of the forget rows |
-| whole distributions (KL) with an adapter of our own | the same model with the adapter switched off |
-| whole distributions (KL) else | the weights that training changes, kept, and put in their place for a forward |
+| whole distributions, activations, with an adapter of our own | the same model with the adapter switched off |
+| whole distributions, activations, else | the weights that training changes, kept, put in their place for a forward |
 
 The kept weights are this process's part of them, so that they are sharded as the engine shards the model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .batch import ForgetRetainBatch
+from .config import UnlearnConfig
 from .engines import Engine
-from .log_probs import shift_labels, token_log_probs
+from .halves import Half, split
+from .objectives import Objectives
 
 
 class Reference:
     """
-    The model before unlearning, for its logits.
+    The model before unlearning.
 
     Args:
         model (`torch.nn.Module`): The unwrapped model, before the first step.
@@ -39,19 +41,37 @@ class Reference:
         self.kept = None if is_silent else [weight.clone() for weight in engine.local_weights(model)]
 
     @torch.no_grad()
-    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+    def outputs(self, inputs: dict[str, Tensor], hidden_states: bool = False) -> CausalLMOutputWithPast:
         """
         Must not come between a forward of the model in training and its backward.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): The model's arguments, tensors of shape `(rows, tokens)`.
+            hidden_states (`bool`, *optional*, defaults to `False`): Whether to give the layers' outputs too.
 
         Returns:
-            `torch.FloatTensor` of shape `(rows, tokens, vocabulary)`.
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: With `logits` of shape `(rows, tokens,
+            vocabulary)`.
         """
         context = self.model.disable_adapter() if self.kept is None else self._weights_put_back()
         with context, eval_mode(self.model):
-            return self.model(**inputs, use_cache=False).logits
+            return self.model(**inputs, use_cache=False, output_hidden_states=hidden_states)
+
+    @torch.no_grad()
+    def negate(self, scale: float) -> None:
+        """
+        Puts the weights on the other side of where they began, `theta <- theta_0 - scale (theta - theta_0)` (task
+        arithmetic; Ilharco et al., 2023, arXiv 2212.04089). A LoRA adapter begins at nothing; its product is negated.
+        """
+        self.engine.forget_gathered(self.model)
+        if self.kept is None:
+            names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            for name, weight in zip(names, self.engine.local_weights(self.model)):
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    weight.mul_(-scale)
+            return
+        for weight, kept in zip(self.engine.local_weights(self.model), self.kept):
+            weight.copy_(kept - scale * (weight - kept))
 
     @contextmanager
     def _weights_put_back(self) -> Iterator[None]:
@@ -69,41 +89,45 @@ class Reference:
             kept.copy_(now)
 
 
-@torch.no_grad()
-def add_reference_log_prob(
-    dataset: Dataset,
+def needs_model(objectives: Objectives, args: UnlearnConfig) -> bool:
+    """Whether the objectives need the model before unlearning itself, rather than numbers that rows keep."""
+    needs_distributions = objectives.any("needs_reference") and args.reference == "auto"
+    return needs_distributions or objectives.any("needs_reference_hidden_states") or objectives.any("is_negated")
+
+
+def forward_halves(
     model: torch.nn.Module,
-    collate: Callable[[list[dict]], dict[str, Tensor]],
-    batch_size: int,
-    engine: Engine,
-    show_progress: bool = True,
-) -> Dataset:
+    batch: ForgetRetainBatch,
+    objectives: Objectives,
+    args: UnlearnConfig,
+    reference: Reference | None = None,
+) -> tuple[tuple[Half, Half], CausalLMOutputWithPast]:
     """
-    Adds the column `reference_log_prob`: the log-probability of each row's whole answer under the model as it is.
+    Both halves of a batch in one forward of the model and, where the objectives ask for it, one of the reference.
 
     Args:
-        dataset ([`~datasets.Dataset`]): From [`~formats.prepare`].
-        model (`torch.nn.Module`): The unwrapped model, before the first step.
-        collate (`Callable`): Makes a padded batch of rows.
-        batch_size (`int`): Rows in a forward on one process.
-        engine ([`~engines.Engine`]): The rows are shared out over its processes.
-        show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        model (`torch.nn.Module`): As it is trained.
+        batch ([`~batch.ForgetRetainBatch`]): On its device.
+        objectives ([`~objectives.Objectives`]): What is asked of the halves.
+        args ([`UnlearnConfig`]): Names the layer whose output is a hidden state, and the kind of reference.
+        reference ([`Reference`], *optional*): The model before unlearning.
 
     Returns:
-        [`~datasets.Dataset`]: `dataset` with the column, float64 numbers of float32 sums, in nats.
+        `tuple`: The forget and the retain half, and the model's outputs.
     """
-    device = engine.accelerator.device if engine.shards else next(model.parameters()).device
-    rows = engine.share(list(range(len(dataset))))
-    values = []
-    with eval_mode(model), engine.autocast():
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc="Reference log-probabilities", disable=not show_progress):
-            items = [{"forget": dataset[row]} for row in rows[start : start + batch_size]]
-            batch = {key: tensor.to(device) for key, tensor in collate(items).items()}
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            values += token_log_probs(logits, shift_labels(batch["labels"])).sum(1).tolist()
-    engine.forget_gathered(model)
-    return dataset.add_column("reference_log_prob", engine.collect(values, len(dataset)))
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    before = None
+    needs_logits, needs_layer = (objectives.any(f"needs_reference{what}") for what in ("", "_hidden_states"))
+    if reference is not None and (needs_layer or (needs_logits and args.reference == "auto")):
+        before = reference.outputs(inputs, hidden_states=needs_layer)
+    outputs = model(**inputs, use_cache=False, output_hidden_states=objectives.any("needs_hidden_states"))
+
+    def layer_of(found: CausalLMOutputWithPast | None) -> Tensor | None:
+        states = getattr(found, "hidden_states", None)
+        return None if states is None else states[args.rmu_layer + 1]
+
+    reference_logits = before.logits if before is not None and args.reference == "auto" else None
+    return split(batch, outputs.logits, layer_of(outputs), reference_logits, layer_of(before)), outputs
 
 
 @contextmanager

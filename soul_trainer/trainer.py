@@ -14,14 +14,18 @@ from transformers.trainer_utils import TrainOutput
 
 from . import engines
 from .batch import ForgetRetainBatch
-from .callbacks import HessianCallback, InterruptCallback, PairingCallback
+from .callbacks import HessianCallback, InterruptCallback, PairingCallback, PrimalDualCallback
 from .collator import UnlearnCollator
 from .config import SOPHIA_NAMES, UnlearnConfig
 from .formats import longest_row, prepare
-from .objectives import FORGET_LOSSES, RETAIN_LOSSES, RETAIN_WEIGHT_SCHEDULES, count_answers, l1_norm, split
-from .pairing import PairedDataset, substitute_answers, warn_of_common_rows
+from .freezing import freeze_parameters
+from .halves import count_answers
+from .objectives import Objectives, l1_norm, parameters_of_layers
+from .pairing import make_pairs, warn_of_common_rows
 from .records import add_to_model_card, make_way, record_run
-from .reference import Reference, add_reference_log_prob
+from .reference import Reference, forward_halves, needs_model
+from .reference_rows import RowForward, keep_with_rows
+from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
 class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
@@ -64,29 +68,23 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         self.has_fresh_adapter = peft_config is not None
+        self.objectives = Objectives.named(args.forget_loss, args.retain_loss)
+        trainable = args.trainable_parameters
+        if args.forget_loss == "rmu" and trainable is None and not isinstance(model, PeftModel):
+            trainable = parameters_of_layers(args.rmu_layer)
+        freeze_parameters(model, trainable, args.frozen_parameters)
         self._tokenize = partial(
             prepare, tokenizer=processing_class, max_length=max_length, prompt_template=args.prompt_template
         )
         forget = self._tokenize(forget_dataset, name="forget_dataset")
         retain = self._tokenize(retain_dataset, name="retain_dataset")
         warn_of_common_rows(forget, retain)
-        self.forget_objective = FORGET_LOSSES[args.forget_loss]
-        self.retain_objective = RETAIN_LOSSES[args.retain_loss]
         with self.resume_allowed(model, args):
             super().__init__(
                 model=model,
                 args=args,
                 data_collator=UnlearnCollator.for_tokenizer(processing_class),
-                train_dataset=PairedDataset(
-                    forget,
-                    retain,
-                    seed=args.data_seed if args.data_seed is not None else args.seed,
-                    answers=substitute_answers(self.forget_objective, args.refusal_answers, retain),
-                    tokenizer=processing_class,
-                    max_length=max_length,
-                    with_forget=self.forget_objective is not None,
-                    with_retain=self.retain_objective is not None,
-                ),
+                train_dataset=make_pairs(forget, retain, self.objectives, args, processing_class, max_length),
                 eval_dataset=self._tokenized(eval_dataset) or {"forget": forget, "retain": retain},
                 processing_class=processing_class,
                 **kwargs,
@@ -96,11 +94,15 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         self.engine = engines.make_engine(self.accelerator, self.model)
         engines.check_trainer(self, self.engine)
         self.reference: Reference | None = None
+        self.retain_weight = args.retain_weight
+        self.step_losses: dict[str, torch.Tensor | float] = defaultdict(float)
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._steps_since_log = 0
         self._interrupt = InterruptCallback(self.engine)
         self.add_callback(self._interrupt)
         self.add_callback(PairingCallback(self.train_dataset))
+        if args.retain_weight_schedule == "primal_dual":
+            self.add_callback(PrimalDualCallback(self))
         if args.optim in SOPHIA_NAMES:
             self.add_callback(HessianCallback(self, retain, forget))
 
@@ -132,6 +134,8 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             if not Path(f"{self.args.output_dir}/checkpoint-{self.state.global_step}").exists():
                 engines.save_checkpoint(self)
             raise KeyboardInterrupt("Training was interrupted; resume_from_checkpoint continues it.")
+        if self.objectives.any("is_negated"):
+            self.reference.negate(self.args.task_vector_scale)
         if self.is_world_process_zero():
             record_run(self.args, output.metrics)
         return output
@@ -146,6 +150,7 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             retain rows]]`.
         """
         self._steps_since_log += 1
+        self.step_losses.clear()
         batches = list(islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, 2, dtype=torch.long, device=device)
         for batch in batches:
@@ -169,25 +174,23 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         """
         if "is_forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        reference_logits = self.reference.logits(arguments) if self.reference else None
-        outputs = model(**arguments, use_cache=False)
-        halves = split(inputs, outputs.logits, reference_logits)
-        schedule = RETAIN_WEIGHT_SCHEDULES[self.args.retain_weight_schedule]
+        halves, outputs = forward_halves(model, inputs, self.objectives, self.args, self.reference)
         num_epochs = self.state.num_train_epochs if self.args.max_steps > 0 else self.args.num_train_epochs
-        retain_weight = self.args.retain_weight * schedule(self.state.epoch or 0.0, num_epochs)
+        schedule = RETAIN_WEIGHT_SCHEDULES[self.args.retain_weight_schedule]
+        retain_weight = self.retain_weight * schedule(self.state.epoch or 0.0, num_epochs)
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
         bad_rows = []
         for name, objective, weight, half, counts in (
-            ("forget", self.forget_objective, self.args.forget_weight, halves[0], num_items_in_batch[0]),
-            ("retain", self.retain_objective, retain_weight, halves[1], num_items_in_batch[1]),
+            ("forget", self.objectives.forget, self.args.forget_weight, halves[0], num_items_in_batch[0]),
+            ("retain", self.objectives.retain, retain_weight, halves[1], num_items_in_batch[1]),
         ):
             if objective is None:
                 continue
-            row_losses = objective(half, self.args.npo_beta)
+            row_losses = objective(half, self.args)
             bad_rows += [f"row {row} of `{name}_dataset`" for row in half.rows[~row_losses.isfinite()].tolist()]
             component = row_losses.sum() / counts[1 if objective.per == "sequence" else 0]
             loss = loss + weight * component
+            self.step_losses[f"{name}_loss"] += component.detach()
             self._component_sums[f"{name}_loss"] += component.detach()
         engines.stop_at_rows(self, self.engine, bad_rows)
         if self.args.l1_weight:
@@ -235,16 +238,9 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _prepare_reference(self) -> None:
-        objectives = [objective for objective in (self.forget_objective, self.retain_objective) if objective]
-        rows = self.train_dataset
-        if (
-            any(o.needs_reference_log_prob for o in objectives)
-            and "reference_log_prob" not in rows.forget.column_names
-        ):
-            batch_size = 2 * engines.rows_per_forward(self)
-            is_quiet = self.args.disable_tqdm or not self.is_local_process_zero()
-            rows.forget = add_reference_log_prob(
-                rows.forget, self.model, self.data_collator, batch_size, self.engine, not is_quiet
-            )
-        if self.reference is None and any(o.needs_reference_logits for o in objectives):
+        is_quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        batch_size = 2 * engines.rows_per_forward(self)
+        forward = RowForward(self.model, self.data_collator, batch_size, self.engine, not is_quiet)
+        keep_with_rows(self.train_dataset, self.objectives, self.args, forward)
+        if self.reference is None and needs_model(self.objectives, self.args):
             self.reference = Reference(self.model, self.has_fresh_adapter, self.engine)

@@ -49,7 +49,7 @@ def test_an_adapter_alone_has_state_is_its_own_reference_and_can_be_merged(tmp_p
     assert any(state["hessian"].any() for state in sophia.state.values())
     after = weights(model)
     assert all(after[name].equal(weight) for name, weight in frozen.items())
-    assert trainer.reference.kept is None and torch.equal(trainer.reference.logits(INPUTS), before)
+    assert trainer.reference.kept is None and torch.equal(trainer.reference.outputs(INPUTS).logits, before)
     trained = model(**INPUTS).logits.detach()
     assert (trained - before).abs().max() > 1e-3
     trainer.save_model()

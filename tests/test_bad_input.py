@@ -66,8 +66,8 @@ def largest_finite(tensors: dict[str, torch.Tensor]) -> float:
         ({"args": {"label_smoothing_factor": 0.1}}, "`label_smoothing_factor` has no meaning"),
         ({"forget_dataset": [{"question": "who ?"}]}, "`forget_dataset` needs the columns"),
         ({"args": {"max_length": 65}}, "`max_length`=65 is over the model's 64"),
-        ({"args": {"forget_loss": "nop"}}, "`forget_loss` must be one of ga, kl, refusal, random, npo, none"),
-        ({"args": {"retain_loss": "l2"}}, "`retain_loss` must be one of nll, kl, none"),
+        ({"args": {"forget_loss": "nop"}}, "`forget_loss` must be one of ga, wga, satimp, npo, simnpo, refusal, random, dpo, altpo, kl, undial, ceu, pdu, rmu"),
+        ({"args": {"retain_loss": "l2"}}, "`retain_loss` must be one of nll, kl, activations, none"),
         ({"args": {"forget_loss": "none", "retain_loss": "none"}}, "nothing to train on"),
         ({"args": {"hessian_estimator": "exact"}}, "`hessian_estimator` must be one of gauss_newton_bartlett"),
         ({"args": {"optim_args": "rho=0.1,lambda=3"}}, "Unknown key 'lambda'.*rho, beta1"),
@@ -153,7 +153,7 @@ def test_an_adapter_taken_out_of_the_weights_is_no_reference_when_off(tmp_path):
     trainer.train()
     batch = {"input_ids": torch.arange(6)[None]}
     before = scene_model()(**batch).logits
-    assert torch.allclose(trainer.reference.logits(batch), before, atol=1e-5)
+    assert torch.allclose(trainer.reference.outputs(batch).logits, before, atol=1e-5)
 
 
 def test_adapters_begin_with_the_same_weights_for_the_same_seed(tmp_path):

@@ -25,12 +25,12 @@ class Interrupt(TrainerCallback):
 if cause == "interrupt":
     trainer.add_callback(Interrupt())
 else:
-    original = trainer.forget_objective.function
+    original = trainer.objectives.forget.function
     def spoilt(half, beta):
         losses = original(half, beta)
         is_here = trainer.state.global_step == 2 and trainer.args.process_index == 1
         return losses * float("nan") if is_here else losses
-    trainer.forget_objective = type(trainer.forget_objective)(spoilt)
+    trainer.objectives = trainer.objectives._replace(forget=type(trainer.objectives.forget)(spoilt))
 try:
     trainer.train()
 except (KeyboardInterrupt, FloatingPointError) as error:

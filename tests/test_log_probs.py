@@ -5,7 +5,8 @@ import torch
 
 from soul_trainer import log_probs
 from soul_trainer.batch import IGNORE_INDEX
-from soul_trainer.log_probs import shift_labels, token_cross_entropy, token_kl, token_log_probs
+from soul_trainer.divergences import WholeVocabulary, token_cross_entropy, token_kl
+from soul_trainer.log_probs import shift_labels, token_log_probs
 
 
 # Logits are below 32 in size, where a float32 has a unit in the last place of 1.9e-6; values are sums of three such.
@@ -57,9 +58,13 @@ CASES = {
         plain_log_probs,
         0.3,
     ),
-    "kl": (lambda logits, reference, targets, smoothing: token_kl(logits, reference, targets), plain_kl, 0),
+    "kl": (
+        lambda logits, reference, targets, smoothing: token_kl(logits, WholeVocabulary(reference), targets),
+        plain_kl,
+        0,
+    ),
     "cross_entropy": (
-        lambda logits, reference, targets, smoothing: token_cross_entropy(logits, reference, targets),
+        lambda logits, reference, targets, smoothing: token_cross_entropy(logits, WholeVocabulary(reference), targets),
         plain_cross_entropy,
         0,
     ),
@@ -211,7 +216,7 @@ def test_no_gradient_flows_into_the_reference():
     logits, reference, targets = make_inputs()
     for function in (token_kl, token_cross_entropy):
         reference.requires_grad_()
-        function(logits.requires_grad_(), reference, targets).sum().backward()
+        function(logits.requires_grad_(), WholeVocabulary(reference), targets).sum().backward()
         assert reference.grad is None
 
 
@@ -221,8 +226,8 @@ def test_the_logits_are_kept_for_the_backward_themselves_and_not_a_copy():
     logits.requires_grad_()
     kept = token_log_probs(logits, targets).grad_fn.saved_tensors
     assert [t.data_ptr() for t in kept] == [logits.data_ptr(), targets.data_ptr()]
-    kept = token_kl(logits, reference, targets).grad_fn.saved_tensors
-    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (logits, reference, targets)]
+    kept = token_kl(logits, WholeVocabulary(reference), targets).grad_fn.saved_tensors
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (logits, targets, reference)]
 
 
 def test_labels_move_to_the_position_that_predicts_them():

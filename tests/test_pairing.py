@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from toys import toy_tokenizer
 
 from soul_trainer.formats import prepare
-from soul_trainer.pairing import PairedDataset, paired_row
+from soul_trainer.pairing import Answers, PairedDataset, paired_row
 
 
 @pytest.mark.parametrize(("num_forget", "num_retain"), [(4, 10), (7, 3), (5, 5), (1, 1)])
@@ -48,7 +48,7 @@ def test_substituted_answers_are_drawn_by_epoch_and_follow_the_prompt(rows):
     """Would catch one refusal for a whole run, or a refusal whose labels are those of the true answer."""
     forget, retain, tokenizer = rows
     answers = ["no .", "no no .", "no no no ."]
-    dataset = PairedDataset(forget, retain, 0, answers=answers, tokenizer=tokenizer)
+    dataset = PairedDataset(forget, retain, 0, answers=Answers(answers, are_preferred=False), tokenizer=tokenizer)
     drawn = []
     for epoch in range(20):
         dataset.set_epoch(epoch)
@@ -64,4 +64,4 @@ def test_substitution_needs_text_rows(rows):
     forget, retain, tokenizer = rows
     tokenized = prepare(forget.select_columns(["input_ids", "labels"]), tokenizer)
     with pytest.raises(ValueError, match="came tokenized"):
-        PairedDataset(tokenized, retain, 0, answers=["no"], tokenizer=tokenizer)
+        PairedDataset(tokenized, retain, 0, answers=Answers(["no"], are_preferred=False), tokenizer=tokenizer)

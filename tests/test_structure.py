@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "recipes": "recipes"}
 # A file imports from the floors below it and from its own.
 FLOORS = (
-    ("batch", "sophia"),
-    ("log_probs", "formats", "objectives", "pairing", "collator", "config"),
+    ("batch", "sophia", "settings", "refusals", "weighting"),
+    ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
     ("engines", "records", "freezing"),
     ("registration",),
-    ("reference", "curvature", "attribution", "perturbation", "gauss_newton", "sampling"),
+    ("reference", "reference_rows", "curvature", "attribution", "perturbation", "gauss_newton", "sampling"),
     ("callbacks", "stopping"),
     ("trainer",),
     ("__init__",),

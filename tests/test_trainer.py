@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from soul_trainer import HessianCallback, Sophia, UnlearnTrainer
 from soul_trainer.engines import find_sophia
 from soul_trainer.formats import encode, prepare, render
-from soul_trainer.objectives import REFUSALS, RETAIN_WEIGHT_SCHEDULES
 from soul_trainer.pairing import paired_row
+from soul_trainer.refusals import REFUSALS
+from soul_trainer.weighting import RETAIN_WEIGHT_SCHEDULES
 
 
 # Sums of float32 in another order, over 4 steps of at most 0.01: a few units in the last place of each step.
@@ -120,9 +121,9 @@ def test_refusals_come_from_the_list_or_the_users_file(tmp_path):
     """Would catch refusals of ours in the place of the user's."""
     file = tmp_path / "refusals.txt"
     file.write_text("I do not know .\n\nnot that .\n", encoding="utf-8")
-    assert scene_trainer(tmp_path, forget_loss="refusal").train_dataset.answers == REFUSALS
+    assert scene_trainer(tmp_path, forget_loss="refusal").train_dataset.answers.shared == REFUSALS
     trainer = scene_trainer(tmp_path, forget_loss="refusal", refusal_answers=str(file))
-    assert trainer.train_dataset.answers == ["I do not know .", "not that ."]
+    assert trainer.train_dataset.answers.shared == ["I do not know .", "not that ."]
 
 
 def test_plain_training_arguments_select_sophia(tmp_path):
@@ -169,7 +170,7 @@ def test_the_reference_keeps_what_training_changes_and_no_more(tmp_path):
     for name, kept in zip(trained, trainer.reference.kept, strict=True):
         assert torch.equal(kept, before[name])
     after, inputs = weights(model), {"input_ids": torch.tensor([[3, 4, 5]])}
-    reference_logits = trainer.reference.logits(inputs)
+    reference_logits = trainer.reference.outputs(inputs).logits
     assert largest_difference(after, weights(model)) == 0 < largest_difference(after, before)
     model.load_state_dict(before)
     assert torch.equal(reference_logits, model(**inputs).logits)
@@ -187,7 +188,7 @@ def test_an_adapter_is_its_own_reference_and_alone_has_state(tmp_path):
     expected = base(**inputs).logits.detach()
     trainer.train()
     assert isinstance(trainer.model, PeftModel) and trainer.reference.model is trainer.model
-    assert torch.equal(trainer.reference.logits(inputs), expected)
+    assert torch.equal(trainer.reference.outputs(inputs).logits, expected)
     assert not torch.equal(trainer.model(**inputs).logits, expected)
     trained = [name for name, p in trainer.model.named_parameters() if p in find_sophia(trainer.optimizer).state]
     assert trained and all("lora_" in name for name in trained)

@@ -25,11 +25,12 @@ class ToyLM(torch.nn.Module):
         self.embed = torch.nn.Parameter(spread * torch.randn(VOCABULARY, 4, generator=random))
         self.lm_head = torch.nn.Parameter(spread * torch.randn(VOCABULARY, 5, generator=random))
 
-    def forward(self, input_ids, attention_mask=None, use_cache=False):
+    def forward(self, input_ids, attention_mask=None, use_cache=False, output_hidden_states=False):
         embedded = self.embed[input_ids]
         counts = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)[None, :, None]
         hidden = torch.tanh(embedded + 0.5 * embedded.cumsum(1) / counts)
-        return SimpleNamespace(logits=hidden @ self.lm_head[:, :4].T + self.lm_head[:, 4])
+        logits = hidden @ self.lm_head[:, :4].T + self.lm_head[:, 4]
+        return SimpleNamespace(logits=logits, hidden_states=(embedded, hidden) if output_hidden_states else None)
 
 
 def tiny_llama(seed: int = 0, **settings) -> LlamaForCausalLM:
@@ -63,9 +64,10 @@ def toy_rows(num_rows: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def toy_batch(forget: list[dict], retain: list[dict]) -> ForgetRetainBatch:
-    """Forget and retain rows as one batch."""
-    return UnlearnCollator(pad_token_id=0)([{"forget": row} for row in forget] + [{"retain": row} for row in retain])
+def toy_batch(forget: list[dict], retain: list[dict], preferred: list[dict] = ()) -> ForgetRetainBatch:
+    """Forget, retain and preferred rows as one batch."""
+    parts = {"forget": forget, "retain": retain, "preferred": preferred}
+    return UnlearnCollator(pad_token_id=0)([{part: row} for part, rows in parts.items() for row in rows])
 
 
 def toy_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -9,6 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
+from ..batch import parts_of
 from ..sophia import Sophia
 
 
@@ -92,8 +93,9 @@ class Engine:
         Returns:
             `torch.BoolTensor` of shape `(pairs,)`.
         """
-        num_forget = int(batch["is_forget"].sum())
-        places = torch.arange(max(num_forget, len(batch["is_forget"]) - num_forget), device=batch["labels"].device)
+        parts = parts_of(batch)
+        num_here = max(parts[half].stop - parts[half].start for half in ("forget", "retain"))
+        places = torch.arange(num_here, device=batch["labels"].device)
         # Accelerate counts the remainder too, but loses it where a resumed epoch skips its first batches.
         remainder = num_pairs % (len(places) * self.num_processes)
         fills_up = is_last and self.num_processes > 1 and self.accelerator.even_batches

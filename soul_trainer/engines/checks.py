@@ -1,5 +1,7 @@
 """What is refused: by name, with the reason and the way out, before a model is trained wrongly."""
 
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -65,6 +67,18 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
     adapters = getattr(trainer.model, "peft_config", {}).values()
+    num_layers = getattr(trainer.model.config.get_text_config(), "num_hidden_layers", None)
+    if trainer.objectives.any("needs_hidden_states") and num_layers is not None and args.rmu_layer >= num_layers:
+        raise ValueError(
+            f"`rmu_layer`={args.rmu_layer} is not in the model, whose {num_layers} layers count from 0: choose one in "
+            "the first half."
+        )
+    if trainer.objectives.any("is_negated") and adapters:
+        if not trainer.has_fresh_adapter or any(not _is_negated_by_factor(adapter) for adapter in adapters):
+            raise ValueError(
+                "`forget_loss='task_vector'` negates the product of a LoRA adapter's matrices: give a plain LoRA as "
+                "`peft_config`, without `bias`, `modules_to_save`, DoRA and PiSSA, or train the whole model."
+            )
     if is_sharded(trainer.model) and any(getattr(adapter, "use_dora", False) for adapter in adapters):
         raise ValueError(
             "DoRA takes the norm of whole weights, which a model that transformers sharded while loading it does not "
@@ -80,6 +94,13 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
             "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
             "process or DistributedDataParallel."
         )
+
+
+def _is_negated_by_factor(adapter: Any) -> bool:
+    """Whether an adapter's effect changes its sign with that of one of its factors."""
+    is_lora = getattr(adapter.peft_type, "value", adapter.peft_type) == "LORA"
+    is_plain = is_lora and adapter.bias == "none" and not adapter.modules_to_save and not adapter.use_dora
+    return is_plain and adapter.init_lora_weights in (True, "gaussian")
 
 
 def prepare_deepspeed(args: TrainingArguments) -> None:
