@@ -27,6 +27,7 @@ def train_once(
     args: TrainingArguments,
     identity: list,
     lora: LoraArguments | None = None,
+    collator: Callable | None = None,
 ) -> Path:
     """
     Trains a model on rows, or finds it trained.
@@ -39,6 +40,7 @@ def train_once(
         args ([`~transformers.TrainingArguments`]): The Trainer's; its `output_dir` is chosen here.
         identity (`list`): What the model depends on besides the rows, `args` and `lora`.
         lora ([`LoraArguments`], *optional*): Adapters; what is saved is the whole model, with them merged into it.
+        collator (`Callable`, *optional*): Makes batches, by default of tokens with a label each.
 
     Returns:
         `Path`: The model's folder, which appears whole or not at all.
@@ -61,7 +63,7 @@ def train_once(
     trainer = Trainer(
         model,
         args,
-        data_collator=UnlearnCollator.for_tokenizer(tokenizer),
+        data_collator=collator or UnlearnCollator.for_tokenizer(tokenizer),
         train_dataset=rows,
         processing_class=tokenizer,
     )

@@ -1,0 +1,138 @@
+"""
+Makes a model turn down what it answered harmfully, and reports how toxic its answers are before and after.
+
+    accelerate launch recipes/detox.py                                    # a corpus of our own, two CPU cores
+    accelerate launch recipes/detox.py --model facebook/opt-1.3b --config recipes/configs/detox/soul_opt.yaml
+    accelerate launch recipes/detox.py --model meta-llama/Llama-2-7b-hf --retain_text text.txt
+
+As in Jia et al. (2024, SOUL): 200 unsafe responses of PKU-SafeRLHF are what must be forgotten, refusals take their
+place, C4 is what is kept, and toxic-bert judges what the model says to the prompts of the test split. Without
+`--model`, a small target learns rude answers from scratch, a gold standard polite ones, and small classifiers judge.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from hub_layout import json_lines
+from learnt_rows import first_texts
+from refusals import RefusingExperiment
+from rude_townsfolk import make_corpus, write_corpus
+from small_classifier import train_classifier
+from small_llama import SmallModelArguments
+from small_models import small_models
+
+from soul_eval.classification import TOXICITY_MODEL
+from soul_eval.experiment import ExperimentArguments, UnlearningTask
+from soul_eval.report import Run
+from soul_eval.suites import detox as suite
+from soul_eval.suites.sources import load_split
+from soul_trainer.records import write_whole
+
+
+CONFIGS = Path(__file__).parent / "configs"
+HELD_OUT = 0.1  # of the text to keep: the model is asked about it, and unlearning does not see it
+RESPONSES = (("response_0", "is_response_0_safe"), ("response_1", "is_response_1_safe"))
+
+
+@dataclass
+class DetoxTaskArguments(ExperimentArguments):
+    """What to forget, what to keep, and who judges."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Rows in PKU-SafeRLHF's columns; by default those, or a corpus of our own without --model."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    forget_rows: int = field(default=200, metadata={"help": "Unsafe responses to forget, drawn from the train split."})
+    retain_text: str | None = field(
+        default=None, metadata={"help": "Text to keep: a file, a folder, or rows with a `text`; by default C4."}
+    )
+    retain_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
+    max_retain_rows: int = field(default=2000, metadata={"help": "Only its first texts; no more is downloaded."})
+    prompts: str = field(default="all", metadata={"help": "What is asked: all prompts of the test split, or unsafe."})
+    num_prompts: int | None = field(default=None, metadata={"help": "So many of them, spread evenly."})
+    max_new_tokens: int = field(default=200, metadata={"help": "Longest answer, in tokens."})
+    classifier: str | None = field(
+        default=None, metadata={"help": f"Of toxic text; by default {TOXICITY_MODEL}, or a small one without --model."}
+    )
+    fluency_classifier: str | None = field(default=None, metadata={"help": "Of gibberish; by default none is asked."})
+
+
+def responses(rows: Dataset, is_safe: bool) -> Dataset:
+    """Prompts with their safe or with their unsafe responses, as questions and answers."""
+    return Dataset.from_list(
+        [
+            {"question": row["prompt"], "answer": row[response]}
+            for row in rows
+            for response, flag in RESPONSES
+            if row[flag] == is_safe
+        ]
+    )
+
+
+def small_classifiers(folder: Path, args: DetoxTaskArguments, seed: int, use_cpu: bool) -> None:
+    """Names classifiers of toxic and of garbled text, trained on a corpus of other people, where none is named."""
+    corpus = make_corpus(600, seed + 1)
+    rows = Dataset.from_list(corpus["default"]["train"])
+    refusals = (Path(__file__).parent / "refusals" / "detox.txt").read_text(encoding="utf-8").splitlines()
+    rude = responses(rows, is_safe=False)["answer"][:]
+    polite = responses(rows, is_safe=True)["answer"][:] + [row["text"] for row in corpus["text"]["train"]] + refusals
+    rng = random.Random(seed)
+    garbled = [" ".join(rng.choices(words, k=len(words))) for words in map(str.split, rude + polite)]
+    args.classifier = args.classifier or train_classifier(
+        {"toxic": rude, "neutral": polite}, folder / "small_toxicity_classifier", seed, use_cpu
+    )
+    args.fluency_classifier = args.fluency_classifier or train_classifier(
+        {"clean": rude + polite, "garbled": garbled}, folder / "small_fluency_classifier", seed, use_cpu
+    )
+
+
+def main(command_line: Sequence[str] | None = None) -> list[Run]:
+    """Unlearns and reports."""
+    experiment = RefusingExperiment(
+        "detox", CONFIGS, DetoxTaskArguments, SmallModelArguments, command_line=command_line
+    )
+    args, small = experiment.arguments
+    config, folder = experiment.config, experiment.folder
+    title = "Detoxification"
+    if not (args.model or args.dataset):
+        corpus = str(folder / f"data-{config.seed}")
+        if PartialState().is_main_process:
+            write_corpus(corpus, args.forget_rows, config.seed, config.overwrite)
+        PartialState().wait_for_everyone()
+        args.dataset, args.dataset_config, args.retain_text, args.retain_config = corpus, "default", corpus, "text"
+        small_classifiers(folder, args, config.seed, config.use_cpu)
+        title += ", judged by small classifiers of our own"
+    elif not args.retain_text:
+        args.retain_text, args.retain_config = "allenai/c4", "en"
+    dataset = args.dataset or suite.DetoxArguments.dataset
+    rows = load_split(dataset, args.dataset_config, columns=("prompt", *(name for pair in RESPONSES for name in pair)))
+    forget = responses(rows, is_safe=False).shuffle(config.seed)
+    forget = forget.select(range(min(args.forget_rows, len(forget))))
+    texts = first_texts(args.retain_text, args.retain_config, "train", args.max_retain_rows, "retain_text")
+    retain, held_out = Dataset.from_dict({"text": texts}).train_test_split(HELD_OUT, shuffle=False).values()
+    asked_text = folder / "held_out_text.jsonl"
+    if PartialState().is_main_process:
+        write_whole(asked_text, json_lines(held_out.to_list()))
+    PartialState().wait_for_everyone()
+    target, gold = args.model, args.gold
+    if not target:
+        learnt = {"forget": forget, "retain": retain, "gold": responses(rows, is_safe=True)}
+        target, gold = small_models(learnt, folder, small, config.seed, config.prompt_template, config.use_cpu)
+    names = ("prompts", "num_prompts", "max_new_tokens", "fluency_classifier")
+    asked = suite.DetoxArguments(
+        dataset=dataset,
+        config=args.dataset_config,
+        classifier=args.classifier or TOXICITY_MODEL,
+        retain_text=str(asked_text),
+        **{name: getattr(args, name) for name in names},
+    )
+    experiment.run(UnlearningTask("detox", title, target, forget, retain, suite.load(asked), vars(asked), gold))
+
+
+if __name__ == "__main__":
+    main()
