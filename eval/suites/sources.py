@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # The readers of `datasets` by a file's ending; CSV has one of its own here.
-JSON_FILES = (".json", ".jsonl")
-READERS = {**dict.fromkeys(JSON_FILES, "json"), ".parquet": "parquet"}
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 DATA_FILES = (*READERS, ".csv")
 # The columns of each kind of row of `soul_trainer.formats`; in a dataset with those of several, the first counts.
 KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))

@@ -18,6 +18,8 @@ logger = logging.get_logger(__name__)
 
 KINDS = ("auto", "question", "text")
 _PLACE = "QUESTIONPLACE"
+# A model that gives no row in so many texts gives none: one that learnt answers alone cannot ask, for instance.
+_HOPELESS = 100
 
 
 class SelfGenerated(NamedTuple):
@@ -103,13 +105,13 @@ def self_generated_rows(
             else:
                 found[place] = row
         pending = [place for place in pending if place not in found]
-        if not pending:
+        if not pending or (not found and sum(dropped.values()) >= _HOPELESS):
             break
     reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not found:
         raise ValueError(
             f"None of {sum(dropped.values())} texts of the model's own can be retain text: {reasons}. Bring a retain "
-            "set, raise `ngram`, or write another `kind`."
+            "set, sample another `kind`, or raise `ngram`."
         )
     if dropped:
         missing = f"; {len(pending)} of {num_rows} rows are missing after {max_tries} tries" if pending else ""
