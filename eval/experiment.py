@@ -123,7 +123,7 @@ class Experiment:
     """
     A recipe's runs. Settings are those of the command line, over those of the file, over the task's defaults:
 
-    1. `<configs>/<task>/defaults.yaml` or, without `--model`, `<configs>/<task>/small/defaults.yaml`;
+    1. `<configs>/<task>/defaults.yaml` or, without a `model`, `<configs>/<task>/small/defaults.yaml`;
     2. `--config FILE` or, without it, `<optimizer>_<forget_loss>.yaml` of the same folder, else `<optimizer>.yaml`,
        where the optimizer is `soul` or, for all others, `adamw`;
     3. the command line.
@@ -150,16 +150,15 @@ class Experiment:
         self.task = task
         self._parser = SettingsParser((*dataclasses, UnlearnConfig))
         self._named = self._parser.named(command_line)
-        self._folder = Path(configs, task) if "model" in self._named else Path(configs, task, "small")
+        chosen = self._named.get("config")
+        self._chosen = None if chosen is None else self._parser.read(chosen)
+        given = (self._chosen or {}) | self._named
+        self._folder = Path(configs, task) if given.get("model") else Path(configs, task, "small")
         self._defaults = {"output_dir": f"outputs/{task}"}
         if (defaults := self._folder / DEFAULTS_FILE).is_file():
             self._defaults |= self._parser.read(defaults)
-        chosen = self._named.get("config")
-        self._chosen = None if chosen is None else self._parser.read(chosen)
-        if optimizer := ((self._chosen or {}) | self._named).get("optim"):
-            self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer)}
-        else:
-            self.optimizers = OPTIMIZERS
+        optimizers = [given["optim"]] if given.get("optim") else OPTIMIZERS
+        self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer) for optimizer in optimizers}
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)
         self.folder = Path(self.config.output_dir)
@@ -252,6 +251,8 @@ class Experiment:
         forget_loss = (self._defaults | self._named).get("forget_loss", UnlearnConfig.forget_loss)
         file = settings_file(self._folder, "soul" if optimizer in SOPHIA_NAMES else "adamw", forget_loss)
         found = self._parser.read(file) if file else {}
+        if file and not file.stem.endswith(f"_{forget_loss}"):
+            logger.warning_once(f"There are no settings of forget_loss={forget_loss} with {optimizer}: {file} it is.")
         return self._parser.build(values | found | {"optim": optimizer} | self._named)
 
 

@@ -68,6 +68,9 @@ def test_the_file_is_found_by_model_optimizer_and_loss(tmp_path):
         11,
     ]
     assert settings_file(tmp_path / "muse", "soul", "npo") is None
+    write(tmp_path / "tofu" / "defaults.yaml", "seed: 30")
+    chosen = write(tmp_path / "mine.yaml", "model: a/b")
+    assert parsed(tmp_path, "--config", str(chosen)).config.seed == 30
 
 
 def test_optimizers_are_two_unless_one_is_named(tmp_path):
