@@ -83,7 +83,8 @@ def small_models(
     prompt_template: str | None = None,
     use_cpu: bool = False,
     chunks: ChunkArguments | None = None,
-) -> tuple[str, str]:
+    with_gold: bool = True,
+) -> tuple[str, str | None]:
     """
     Trains the target on everything and the gold standard on everything but the rows to forget.
 
@@ -97,9 +98,10 @@ def small_models(
         prompt_template (`str`, *optional*): See [`~formats.render`].
         use_cpu (`bool`, *optional*, defaults to `False`): See [`~transformers.TrainingArguments`].
         chunks ([`ChunkArguments`], *optional*): How texts are cut.
+        with_gold (`bool`, *optional*, defaults to `True`): Whether the gold standard is trained.
 
     Returns:
-        `tuple[str, str]`: The folders of target and gold.
+        `tuple[str, str | None]`: The folders of target and gold.
     """
     learnt, chunks = dict(sorted(learnt.items())), chunks or ChunkArguments()
     texts = {split: [training_text(row, prompt_template) for row in rows] for split, rows in learnt.items()}
@@ -115,7 +117,8 @@ def small_models(
     everything = concatenate_datasets([forget, others])
     settings = settings.fitted(len(everything))
     gold = others if instead is None else concatenate_datasets([instead, others])
-    return tuple(
-        str(train_small_model(rows, tokenizer, folder / name, settings, seed, use_cpu=use_cpu))
-        for name, rows in (("target", everything), ("gold", gold))
-    )
+
+    def train(name: str, rows: Dataset) -> str:
+        return str(train_small_model(rows, tokenizer, folder / name, settings, seed, use_cpu=use_cpu))
+
+    return train("target", everything), train("gold", gold) if with_gold else None
