@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
-from soul_trainer.records import run_settings
+from soul_trainer.records import training_settings
 
 
 ADAPTER = "adapter"
@@ -46,7 +46,7 @@ def train_once(
         `Path`: The model's folder, which appears whole or not at all.
     """
     lora = lora or LoraArguments()
-    settings = run_settings(args)
+    settings = training_settings(args)
     # A batch is the same on any number of processes.
     settings["per_device_train_batch_size"] *= settings.pop("world_size")
     tokens = [rows["input_ids"][:], rows["labels"][:]]

@@ -34,6 +34,11 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def training_settings(args: TrainingArguments) -> dict:
+    """The settings of any training that another must repeat to get the same model."""
+    return _plain({name: getattr(args, name) for name in _TRAINING_SETTINGS})
+
+
 def run_settings(args: UnlearnConfig) -> dict:
     """The settings that another run must repeat to get the same model."""
     inherited = {setting.name for setting in fields(TrainingArguments)}
@@ -43,7 +48,10 @@ def run_settings(args: UnlearnConfig) -> dict:
     if args.optim not in SOPHIA_NAMES:
         idle |= {setting.name for setting in fields(SophiaArguments)}
     own = [setting.name for setting in fields(args) if setting.name not in inherited | idle | {"overwrite"}]
-    values = {name: getattr(args, name) for name in (*own, *_TRAINING_SETTINGS)}
+    return _plain({name: getattr(args, name) for name in own}) | training_settings(args)
+
+
+def _plain(values: dict) -> dict:
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
