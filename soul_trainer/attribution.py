@@ -216,9 +216,8 @@ def _named(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _backward(model: torch.nn.Module, batches: Sequence[ForgetRetainBatch], half: str, engine: Engine) -> None:
     """The gradient of the mean cross-entropy per answer token, over all processes."""
-    device = next(model.parameters()).device
     targets = [shift_labels(batch["labels"]) for batch in batches]
-    num_tokens = int(engine.sum(sum((part != IGNORE_INDEX).sum() for part in targets).to(device)))
+    num_tokens = int(engine.sum(sum((part != IGNORE_INDEX).sum() for part in targets)))
     if num_tokens == 0:
         raise ValueError(f"The rows of `{half}_dataset` hold no answer token.")
     bad_rows = []

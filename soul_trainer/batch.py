@@ -66,3 +66,23 @@ def parts_of(batch: ForgetRetainBatch) -> dict[str, slice]:
         "retain": slice(num_forget, end),
         "preferred": slice(end, end + num_preferred),
     }
+
+
+def select_rows(batch: ForgetRetainBatch, names: tuple[str, ...]) -> ForgetRetainBatch | None:
+    """
+    The rows of some parts of a batch, without the padding that only the others needed.
+
+    Args:
+        batch ([`ForgetRetainBatch`]): The whole.
+        names (`tuple[str, ...]`): Of [`parts_of`], in the order of a batch.
+
+    Returns:
+        [`ForgetRetainBatch`]: Copies; `None` if there are no such rows.
+    """
+    parts = parts_of(batch)
+    rows = [row for name in names for row in range(parts[name].start, parts[name].stop)]
+    if not rows:
+        return None
+    chosen = {key: tensor[rows] for key, tensor in batch.items()}
+    longest = int(chosen["attention_mask"].sum(1).max())
+    return {key: tensor[:, :longest] if tensor.dim() > 1 else tensor for key, tensor in chosen.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from transformers import TrainingArguments
 
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
-from .settings import ObjectiveArguments, check_choice, setting
+from .settings import ObjectiveArguments, StepArguments, check_choice, setting
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
@@ -110,7 +110,7 @@ def parse_optim_args(optim_args: str | dict | None) -> dict:
 
 
 @dataclass
-class UnlearnConfig(ObjectiveArguments, SophiaArguments, TrainingArguments):
+class UnlearnConfig(ObjectiveArguments, StepArguments, SophiaArguments, TrainingArguments):
     """
     `TrainingArguments` with what unlearning adds. Defaults that differ from `TrainingArguments`: `optim="soul"`,
     `learning_rate=1e-5`, `num_train_epochs=5`, `remove_unused_columns=False`.
@@ -168,6 +168,7 @@ class UnlearnConfig(ObjectiveArguments, SophiaArguments, TrainingArguments):
         check_choice("retain_weight_schedule", self.retain_weight_schedule, RETAIN_WEIGHT_SCHEDULES)
         check_choice("reference", self.reference, REFERENCES)
         self.check_objectives()
+        self.check_steps()
         for name in (
             *("forget_weight", "retain_weight", "l1_weight"),
             *("retain_loss_limit", "dual_step_size", "dual_warmup_epochs"),
@@ -184,6 +185,11 @@ class UnlearnConfig(ObjectiveArguments, SophiaArguments, TrainingArguments):
         if self.retain_weight_schedule == "primal_dual" and self.retain_loss == "none":
             raise ValueError(
                 "`retain_weight_schedule='primal_dual'` weighs a retain loss, and `retain_loss` is 'none'."
+            )
+        if self.sam_radius and (self.forget_loss == "none" or self.l1_weight):
+            raise ValueError(
+                "`sam_radius` takes the gradient of a forget loss beside the weights, and that of a retain loss at "
+                "them: it needs a `forget_loss`, and no `l1_weight`, which is neither."
             )
         self.remove_unused_columns = False
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 
 
+WEIGHT_MASKS = ("none", "wagle")
+
+
 def setting(default, help: str):
     """A field of a dataclass of settings."""
     return field(default=default, metadata={"help": help})
@@ -42,3 +45,28 @@ class ObjectiveArguments:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be >= 0, but it is {getattr(self, name)}.")
+
+
+@dataclass
+class StepArguments:
+    """Settings of what is done around the optimizer's step, whatever the objective."""
+
+    sam_radius: float = setting(
+        0.0,
+        "Radius of sharpness-aware unlearning (rho): forgetting is to hold within it of the weights, >= 0; 0 is off.",
+    )
+    weight_mask: str = setting(
+        "none", f"Which weights train: {', '.join(WEIGHT_MASKS)} (all, or those WAGLE selects)."
+    )
+    weight_mask_share: float = setting(0.95, "With a weight mask: share of the weights that train, in (0, 1].")
+    wagle_curvature: float = setting(1e-6, "WAGLE's curvature of the retain loss (gamma), > 0.")
+
+    def check_steps(self) -> None:
+        """Raises a `ValueError` that names the first setting that is out of its range."""
+        check_choice("weight_mask", self.weight_mask, WEIGHT_MASKS)
+        if not 0 <= self.sam_radius < float("inf"):
+            raise ValueError(f"`sam_radius` must be a number >= 0, but it is {self.sam_radius}.")
+        if not 0 < self.weight_mask_share <= 1:
+            raise ValueError(f"`weight_mask_share` must be in (0, 1], but it is {self.weight_mask_share}.")
+        if not self.wagle_curvature > 0:
+            raise ValueError(f"`wagle_curvature` must be > 0, but it is {self.wagle_curvature}.")

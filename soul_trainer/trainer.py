@@ -14,21 +14,22 @@ from transformers.trainer_utils import TrainOutput
 
 from . import engines
 from .batch import ForgetRetainBatch
-from .callbacks import HessianCallback, InterruptCallback, PairingCallback, PrimalDualCallback
+from .callbacks import InterruptCallback, callbacks_for
 from .collator import UnlearnCollator
-from .config import SOPHIA_NAMES, UnlearnConfig
+from .config import UnlearnConfig
 from .formats import longest_row, prepare
 from .freezing import freeze_parameters
 from .halves import count_answers
 from .objectives import Objectives, l1_norm, parameters_of_layers
 from .pairing import make_pairs, warn_of_common_rows
+from .perturbation import SharpnessAwareMixin
 from .records import add_to_model_card, make_way, record_run
 from .reference import Reference, forward_halves, needs_model
 from .reference_rows import RowForward, keep_with_rows
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
-class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
+class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Trainer):
     """
     Makes a causal language model forget some rows and keep others.
 
@@ -99,12 +100,8 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._steps_since_log = 0
         self._interrupt = InterruptCallback(self.engine)
-        self.add_callback(self._interrupt)
-        self.add_callback(PairingCallback(self.train_dataset))
-        if args.retain_weight_schedule == "primal_dual":
-            self.add_callback(PrimalDualCallback(self))
-        if args.optim in SOPHIA_NAMES:
-            self.add_callback(HessianCallback(self, retain, forget))
+        for callback in (self._interrupt, *callbacks_for(self, retain, forget)):
+            self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """
@@ -157,7 +154,9 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             is_last = batch is batches[-1] and not self.args.dataloader_drop_last
             is_repeated = self.engine.is_repeated(batch, is_last, num_pairs=len(self.train_dataset))
             counts += count_answers(batch, is_repeated).to(device)
-        return batches, self.engine.sum(counts)
+        counts = self.engine.sum(counts)
+        self.find_perturbation(batches, counts)
+        return batches, counts
 
     def compute_loss(
         self,
@@ -184,7 +183,7 @@ class UnlearnTrainer(engines.ShardedCheckpointMixin, Trainer):
             ("forget", self.objectives.forget, self.args.forget_weight, halves[0], num_items_in_batch[0]),
             ("retain", self.objectives.retain, retain_weight, halves[1], num_items_in_batch[1]),
         ):
-            if objective is None:
+            if objective is None or not len(half.rows):
                 continue
             row_losses = objective(half, self.args)
             bad_rows += [f"row {row} of `{name}_dataset`" for row in half.rows[~row_losses.isfinite()].tolist()]

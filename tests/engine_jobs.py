@@ -132,6 +132,10 @@ def lora(**settings) -> LoraConfig:
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 5}
+SHARPNESS_AWARE = {"sam_radius": 0.1}
+MASKED = {"weight_mask": "wagle", "weight_mask_share": 0.5, "wagle_curvature": 1e-3}
+# DeepSpeed gives out no gradients between two steps.
+NOT_UNDER_DEEPSPEED = ("sam", "sam_lora", "wagle", "wagle_lora")
 JOBS = {
     "npo": Job(),
     "accumulated": Job({"gradient_accumulation_steps": 4, "forget_loss": "ga", "hessian_interval": 4}, micro_batch=2),
@@ -153,6 +157,11 @@ JOBS = {
     "experts": Job(model="experts", layers=("MixtralDecoderLayer",)),
     "resumed": Job({**SAVING, "forget_loss": "ga", "retain_loss": "kl"}, resumes=True),
     "resumed_npo": Job({**SAVING, "gradient_accumulation_steps": 2}, micro_batch=2, resumes=True),
+    "sam": Job({**SHARPNESS_AWARE, "retain_loss": "kl", "gradient_accumulation_steps": 2}, micro_batch=2),
+    "sam_lora": Job({**SHARPNESS_AWARE, **SAVING}, peft=lora, resumes=True),
+    "wagle": Job({**SAVING, **MASKED, "weight_decay": 0.1}, resumes=True),
+    "wagle_lora": Job({**SAVING, **MASKED, "gradient_accumulation_steps": 2}, micro_batch=2, peft=lora, resumes=True),
+    "pattern": Job({"trainable_parameters": "mlp|norm", "frozen_parameters": r"layers\.0\."}),
 }
 
 

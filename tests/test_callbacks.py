@@ -48,7 +48,7 @@ def test_once_is_the_plain_mean_over_the_rows(tmp_path):
     assert sorted(row for _, row in rows) == list(range(16))
     for draw, start in enumerate(range(0, 16, 5)):
         fresh = type(sophia)(parameters, betas=(0.9, 0.0))
-        batch = callback.collate([{half: callback.sources[half][row]} for half, row in rows[start : start + 5]])
+        batch = trainer.data_collator([{half: callback.sources[half][row]} for half, row in rows[start : start + 5]])
         estimate_hessian(trainer.model, fresh, [batch], "empirical_fisher", draw=draw)
         means = [mean + fresh.state[p]["hessian"] / 4 for mean, p in zip(means, parameters)]
     for mean, parameter in zip(means, parameters):

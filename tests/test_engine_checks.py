@@ -7,7 +7,7 @@ import torch
 from accelerate import DistributedType, ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin
 from peft import LoraConfig
-from scenes import scene_model, scene_trainer
+from scenes import scene_config, scene_model, scene_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
@@ -20,7 +20,9 @@ from soul_trainer.engines import (
     check_trainer,
     prepare_deepspeed,
 )
+from soul_trainer.engines.deepspeed import DeepSpeedEngine
 from soul_trainer.engines.fsdp import FSDP2Engine
+from soul_trainer.objectives import Objectives
 
 
 def deepspeed_args(**config):
@@ -100,6 +102,20 @@ def test_estimators_and_losses_that_need_whole_weights_are_refused(tmp_path, mon
         scene_trainer(tmp_path, l1_weight=0.1)
 
 
+@pytest.mark.parametrize("settings", [{"sam_radius": 0.1}, {"weight_mask": "wagle"}])
+def test_what_moves_weights_between_steps_is_refused_under_deepspeed(tmp_path, settings):
+    """Would catch gradients that are not there, and weights that DeepSpeed's own float32 copies write over."""
+    trainer = scene_trainer(tmp_path, **settings)
+    check_trainer(trainer, trainer.engine)
+    check_trainer(trainer, FSDP2Engine(SimpleNamespace(num_processes=1, process_index=0)))
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    engine = DeepSpeedEngine(SimpleNamespace(num_processes=1, process_index=0, state=state))
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"`{name}` needs gradients between two steps.*shard with FSDP2"):
+        check_trainer(trainer, engine)
+    check_trainer(scene_trainer(tmp_path), engine)
+
+
 @pytest.fixture
 def sharded_weight():
     """A parameter that FSDP2 holds, in a world of one process."""
@@ -109,12 +125,13 @@ def sharded_weight():
     torch.distributed.destroy_process_group()
 
 
-def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_weight):
+def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_weight, tmp_path):
     """Would catch peft's own error about mixed tensors, deep in the first forward."""
     model = torch.nn.Module()
     model.weight, model.peft_config = sharded_weight, {"default": LoraConfig(use_dora=True)}
-    args = SimpleNamespace(optim="soul", l1_weight=0.0, load_best_model_at_end=False)
-    trainer = SimpleNamespace(args=args, optimizer=None, compute_loss_func=None, model=model)
+    args, model.config = scene_config(tmp_path), scene_model().config
+    parts = {"args": args, "model": model, "objectives": Objectives.named("npo", "nll")}
+    trainer = SimpleNamespace(**parts, optimizer=None, compute_loss_func=None)
     with pytest.raises(ValueError, match="leave `use_dora` out"):
         check_trainer(trainer, Engine())
     model.peft_config = {"default": LoraConfig()}

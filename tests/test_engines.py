@@ -126,7 +126,7 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_engine(outcomes, engi
         pytest.param(engine, job, marks=pytest.mark.xdist_group(engine), id=f"{engine}-{job}")
         for engine in ENGINES
         if engine != "ddp"
-        for job in ("resumed", "lora", "dora")
+        for job in ("resumed", "lora", "dora", "wagle")
         if job in jobs_of(engine)
     ],
 )

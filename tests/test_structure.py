@@ -12,7 +12,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "recipes": "rec
 FLOORS = (
     ("batch", "sophia", "settings", "refusals", "weighting"),
     ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
-    ("engines", "records", "freezing"),
+    ("engines", "records", "freezing", "random_state"),
     ("registration",),
     ("reference", "reference_rows", "curvature", "attribution", "perturbation", "gauss_newton", "sampling"),
     ("callbacks", "stopping"),

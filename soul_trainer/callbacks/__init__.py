@@ -1,8 +1,40 @@
 """When things happen. What happens is elsewhere."""
 
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+
+from ..config import SOPHIA_NAMES
 from .hessian import HessianCallback
+from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback
 from .running import InterruptCallback, PairingCallback
 
 
-__all__ = ["HessianCallback", "InterruptCallback", "PairingCallback", "PrimalDualCallback"]
+__all__ = [
+    "HessianCallback",
+    "InterruptCallback",
+    "MaskCallback",
+    "PairingCallback",
+    "PrimalDualCallback",
+    "callbacks_for",
+]
+
+
+def callbacks_for(trainer: Trainer, retain: Dataset, forget: Dataset) -> list[TrainerCallback]:
+    """
+    The callbacks that the settings of a trainer ask for.
+
+    Args:
+        trainer ([`UnlearnTrainer`]): The trainer that they are to be added to.
+        retain ([`~datasets.Dataset`]): Tokenized rows, from [`~formats.prepare`].
+        forget ([`~datasets.Dataset`]): Likewise.
+    """
+    args = trainer.args
+    callbacks = [PairingCallback(trainer.train_dataset)]
+    if args.retain_weight_schedule == "primal_dual":
+        callbacks.append(PrimalDualCallback(trainer))
+    if args.weight_mask != "none":
+        callbacks.append(MaskCallback(trainer, retain, forget))
+    if args.optim in SOPHIA_NAMES:
+        callbacks.append(HessianCallback(trainer, retain, forget))
+    return callbacks

@@ -1,26 +1,21 @@
 """When Sophia's Hessian is refreshed. How it is estimated is in `curvature.py`."""
 
 import time
-from contextlib import contextmanager
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..batch import IGNORE_INDEX
-from ..collator import UnlearnCollator
 from ..config import SophiaArguments, parse_optim_args
 from ..curvature import describe_step, estimate_hessian, update_shares
-from ..engines import check_estimator, find_sophia, make_engine, rows_per_forward, save_checkpoint
+from ..engines import MOST_OVERFLOWS, check_estimator, find_sophia, make_engine, save_checkpoint
+from ..random_state import forked_rng
+from .rows import micro_batches
 
 
 logger = logging.get_logger(__name__)
-
-# The loss scale of float16 is halved by each: from 2^16, where it starts, to where none is left.
-_MOST_OVERFLOWS = 24
 
 
 class HessianCallback(TrainerCallback, ExportableState):
@@ -56,7 +51,6 @@ class HessianCallback(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.engine = make_engine(trainer.accelerator, trainer.model)
         check_estimator(self.settings.hessian_estimator, self.engine)
-        self.collate = UnlearnCollator.for_tokenizer(trainer.processing_class)
         self.refresh_seconds = 0.0
         self.last_refresh: int | None = None
         self.learning_rates: list[float] = []
@@ -91,7 +85,7 @@ class HessianCallback(TrainerCallback, ExportableState):
             return
         start = time.perf_counter()
         try:
-            with _forked_rng():
+            with forked_rng():
                 if interval:
                     self._estimate(draw=step, rows=self._sample(step), decay=None)
                 else:
@@ -151,9 +145,10 @@ class HessianCallback(TrainerCallback, ExportableState):
 
     def _estimate(self, draw: int, rows: list[tuple[str, int]], decay: float | None) -> None:
         trainer = self.trainer
-        batches = self._batches(rows)
+        items = [{half: self.sources[half][row]} for half, row in rows]
+        batches = micro_batches(trainer, self.engine, items)
         trainer.model_wrapped.train()
-        for _ in range(_MOST_OVERFLOWS):
+        for _ in range(MOST_OVERFLOWS):
             is_done = estimate_hessian(
                 trainer.model_wrapped,
                 trainer.optimizer,
@@ -168,22 +163,3 @@ class HessianCallback(TrainerCallback, ExportableState):
             if is_done:
                 return
         raise FloatingPointError("The gradient of the Hessian refresh overflows float16 at every loss scale.")
-
-    def _batches(self, rows: list[tuple[str, int]]) -> list[dict[str, torch.Tensor]]:
-        """This process's micro-batches; every process gets as many, filled up with rows that have no label."""
-        num_items = -(-len(rows) // self.engine.num_processes)
-        own = rows[self.engine.process_index :: self.engine.num_processes]
-        items = [{half: self.sources[half][row]} for half, row in own]
-        half, row = rows[0]
-        blank = self.sources[half][row]
-        items += [{half: {**blank, "labels": [IGNORE_INDEX] * len(blank["labels"])}}] * (num_items - len(items))
-        size = 2 * rows_per_forward(self.trainer)  # a training batch holds as many rows of each half
-        batches = [self.collate(items[start : start + size]) for start in range(0, num_items, size)]
-        return [{key: tensor.to(self.trainer.args.device) for key, tensor in batch.items()} for batch in batches]
-
-
-@contextmanager
-def _forked_rng():
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield

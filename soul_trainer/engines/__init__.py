@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn import Module
 
-from .base import Engine, find_sophia, trained_parameters
-from .checkpoints import ShardedCheckpointMixin, damage_of, whole_checkpoint
+from .base import MOST_OVERFLOWS, Engine, find_sophia, trained_parameters
+from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, whole_checkpoint
 from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
 from .deepspeed import DeepSpeedEngine
 from .fsdp import FSDP2Engine, is_sharded
@@ -24,7 +24,9 @@ from .hooks import rows_per_forward, save_checkpoint, stop_at_rows
 
 
 __all__ = [
+    "MOST_OVERFLOWS",
     "Engine",
+    "KeptWithCheckpoint",
     "ShardedCheckpointMixin",
     "check_engine",
     "check_estimator",

@@ -196,8 +196,12 @@ class Engine:
         Returns:
             `torch.Tensor` of shape `()`: The same on every process.
         """
-        own = [number for parameter, number in zip(trained_parameters(model), numbers) if self.owns(parameter)]
-        return self.sum(torch.stack(own).sum() if own else torch.zeros_like(numbers[0]))
+        # A model may be spread over devices by its `device_map`.
+        total = torch.zeros_like(numbers[0], device=self.accelerator.device if self.accelerator else None)
+        for parameter, number in zip(trained_parameters(model), numbers):
+            if self.owns(parameter):
+                total += number.to(total.device)
+        return self.sum(total)
 
     def owns(self, parameter: torch.nn.Parameter) -> bool:
         """Whether this process is the one, of those that hold the same part of a parameter, to count it in a sum."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from .fsdp import is_sharded, reshard
@@ -85,6 +85,23 @@ def _is_whole_safetensors(path: Path) -> bool:
         return False
 
 
+class KeptWithCheckpoint(TrainerCallback):
+    """
+    A callback that keeps files of its own with a checkpoint, before the file that says that it is whole.
+
+    [`ShardedCheckpointMixin`] calls `save_to(folder)`, on every process, and `load_from(folder)`, once the weights of
+    the checkpoint are there and before training begins.
+    """
+
+    def save_to(self, folder: str | Path) -> None:
+        """Adds files to a checkpoint."""
+        raise NotImplementedError
+
+    def load_from(self, folder: str | Path) -> None:
+        """Takes them up."""
+        raise NotImplementedError
+
+
 class ShardedCheckpointMixin(Trainer):
     """
     Exact resume for models that transformers sharded while loading them. The Trainer saves their weights, whole, and
@@ -106,8 +123,14 @@ class ShardedCheckpointMixin(Trainer):
         finally:
             args.save_only_model = save_only_model
 
+    @property
+    def _kept_with_checkpoint(self) -> list[KeptWithCheckpoint]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, KeptWithCheckpoint)]
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         reshard(self.model)
+        for callback in self._kept_with_checkpoint:
+            callback.save_to(output_dir)
         if not self._is_sharded_at_load:
             return super()._save_optimizer_and_scheduler(output_dir)
         weights, state = get_state_dict(self.model, self.optimizer.optimizer)
@@ -127,9 +150,16 @@ class ShardedCheckpointMixin(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._is_sharded_at_load:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self._load_shards(Path(checkpoint))
+        if checkpoint is not None:
+            for callback in self._kept_with_checkpoint:
+                callback.load_from(checkpoint)
+
+    def _load_shards(self, checkpoint: Path) -> None:
         sophia = self.optimizer.optimizer
         weights, state = get_state_dict(self.model, sophia)
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=Path(checkpoint) / _SHARDED)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint / _SHARDED)
         set_state_dict(self.model, sophia, model_state_dict=weights, optim_state_dict=state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))

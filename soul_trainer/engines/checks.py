@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from ..config import SOPHIA_NAMES
 from ..sophia import Sophia
 from .base import Engine
+from .deepspeed import DeepSpeedEngine
 from .fsdp import is_sharded
 
 
@@ -89,6 +90,13 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
             "`load_best_model_at_end` cannot load whole weights into a model that transformers sharded while loading "
             "it: leave it out, and load the best checkpoint afterwards."
         )
+    for name in ("sam_radius", "weight_mask"):
+        if getattr(args, name) not in (0, "none") and isinstance(engine, DeepSpeedEngine):
+            raise ValueError(
+                f"`{name}` needs gradients between two steps and weights that it may move, and DeepSpeed gives out "
+                "neither: its step uses the gradients up, and writes its own float32 copy of the weights over them. "
+                f"Leave `{name}` out, or shard with FSDP2."
+            )
     if args.l1_weight and engine.shards:
         raise ValueError(
             "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
