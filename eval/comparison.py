@@ -18,7 +18,7 @@ from soul_trainer.records import EVALUATION_FILE, run_settings
 from . import report
 from .callback import EvalCallback
 from .evaluation import ask
-from .models import weights_digest
+from .models import weight_files, weights_digest
 from .rows import make_header, read_rows, write_rows
 from .running import questions_digest
 from .statistics import Figure
@@ -146,7 +146,7 @@ class Comparison:
         engine = Engine(PartialState())
         header = read_rows(path)[0] if path.exists() and not self.config.overwrite else {}
         engine.gather([])  # nobody writes before all have looked
-        files = _weight_files(model_name)
+        files = weight_files(model_name)
         if [header.get(key) for key in ("model", "settings", "files")] != [model_name, self.settings, files]:
             model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
             tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -233,12 +233,6 @@ def same_rows(found: list[dict], rows: list[dict]) -> list[dict]:
 def _tracked_run() -> object | None:
     """The run of Weights & Biases that is being written, if any."""
     return getattr(sys.modules.get("wandb"), "run", None)
-
-
-def _weight_files(model_name: str) -> list[list]:
-    """Names, sizes and times of a folder's weights: a model that was trained again in its place has others."""
-    files = sorted(Path(model_name).glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _checkpoint(args: UnlearnConfig) -> str | None:

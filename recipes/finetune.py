@@ -27,6 +27,7 @@ from training import train_once
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from soul_eval.adapters import LoraArguments
+from soul_eval.models import weight_files
 from soul_eval.settings_files import SettingsParser
 from soul_trainer.formats import longest_row
 
@@ -91,7 +92,8 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     rows = concatenate_datasets(rows)
     if run.model:
         make_model = partial(AutoModelForCausalLM.from_pretrained, run.model, dtype=run.dtype)
-        return train_once(make_model, rows, tokenizer, folder, args, [run.model, run.dtype], lora)
+        identity = [run.model, run.dtype, weight_files(run.model)]
+        return train_once(make_model, rows, tokenizer, folder, args, identity, lora)
     small = small.fitted(len(rows))
     values = {**small_training(small, folder, args.seed, args.use_cpu), **named}
     *_, args = parser.build(values)

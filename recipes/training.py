@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
@@ -67,7 +68,7 @@ def train_once(
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(args))
     trainer.save_model(str(part / ADAPTER) if lora.lora_rank else None)
     if trainer.is_world_process_zero():
         if lora.lora_rank:
@@ -82,3 +83,10 @@ def train_once(
         os.replace(part, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def _checkpoint(args: TrainingArguments) -> str | None:
+    """Where training goes on: `--resume_from_checkpoint` names a checkpoint, or says True."""
+    if str(args.resume_from_checkpoint).lower() != "true":
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
