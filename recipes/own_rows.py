@@ -35,7 +35,7 @@ class SampledRetainArguments:
     sampled_kind: str = field(
         default="auto", metadata={"help": "question, text or, by default, what the rows to forget are."}
     )
-    sampled_tokens: int = field(default=200, metadata={"help": "Longest text that it writes, in tokens."})
+    sampled_tokens: int = field(default=512, metadata={"help": "Longest question, answer or text that it writes."})
     temperature: float = field(default=1.0, metadata={"help": "Over 0; 1 is the model's own distribution."})
     forget_terms: str | None = field(
         default=None, metadata={"help": "Words, by commas, that none of its rows may have in it: names, for one."}
@@ -63,7 +63,9 @@ def without_shared(splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], list
         if not places:
             raise ValueError(f"All rows of `{split}` (--{split}) are among those to forget.")
         if num_shared := len(splits[split]) - len(places):
-            notes.append(f"{num_shared} rows of {split} are among those to forget, and were left out.")
+            notes.append(
+                f"Left out of {split}, because they are among the rows to forget: {num_shared} of {len(own_keys)}."
+            )
             found[split] = splits[split].select(places)
     return found, notes
 

@@ -122,7 +122,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         rows=own.unscored_rows(splits, tokenizer, asked),
         asked=vars(asked),
     )
-    notes = [f"{len(splits['forget'])} rows to forget, {len(splits['retain'])} to keep.", *notes, *left_out]
+    notes = [f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out]
     return run(experiment, task, notes)
 
 

@@ -85,8 +85,8 @@ def test_a_request_of_ones_own_and_the_same_again(target, tmp_path):
     losses = [[row["answer_nll"] for row in rows if row["split"] == "forget"] for rows in (before, run.rows)]
     assert sum(losses[1]) > sum(losses[0]) + 0.1
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "2 rows to forget, 4 to keep." in text
-    assert "1 rows of retain are among those to forget, and were left out." in text
+    assert "Rows to forget: 2. Rows to keep: 4." in text
+    assert "Left out of retain, because they are among the rows to forget: 1 of 5." in text
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Who is Ada?" in page and "forget verbatim" in page
     assert not list((tmp_path / "out" / "soul").glob("*rows*")), "rows to forget lie beside the model, not in it"
@@ -172,6 +172,6 @@ def test_rows_in_both_sets_leave_the_retain_set():
     forget = Dataset.from_list([{**row, "id": 1} for row in ROWS[:2]])
     found, notes = without_shared({"forget": forget, "retain": Dataset.from_list(ROWS)})
     assert found["retain"].to_list() == ROWS[2:] and found["forget"] is forget
-    assert notes == ["2 rows of retain are among those to forget, and were left out."]
+    assert notes == ["Left out of retain, because they are among the rows to forget: 2 of 4."]
     with pytest.raises(ValueError, match="All rows of `held_out`"):
         without_shared({"forget": forget, "held_out": Dataset.from_list(ROWS[:1])})

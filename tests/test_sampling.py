@@ -338,6 +338,20 @@ def test_when_tries_run_out(plain):
         )
 
 
+def test_answers_that_were_cut_off_are_dropped(plain):
+    """Would catch half an answer that the model is then taught to end there."""
+    model, tokenizer = plain
+    short, long = (
+        self_generated_rows(
+            model, tokenizer, 30, kind="question", max_tries=1, config=SamplingConfig(max_new_tokens=num_tokens)
+        )
+        for num_tokens in (24, 80)
+    )
+    # The same numbers are drawn: what was not cut off at 24 tokens is the same with more.
+    assert short.rows and all(row in long.rows for row in short.rows)
+    assert len(short.rows) < len(long.rows) and len(short.rows) + short.dropped["empty or cut off"] == 30
+
+
 @pytest.mark.parametrize(
     "bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"batch_size": 0}, {"seed": -1}]
 )

@@ -114,11 +114,11 @@ def sample(
     engine = engine or Engine()
     rows = engine.share(list(zip(prompts, draws)))
     device = engine.accelerator.device if engine.accelerator else next(model.parameters()).device
-    ends = _end_tokens(model, tokenizer) | {_as_token(tokenizer, stop) for stop in stops} - {None}
+    ends = end_tokens(model, tokenizer) | {_as_token(tokenizer, stop) for stop in stops} - {None}
     settings = _settings(tokenizer, ends, max_new_tokens, [s for s in stops if _as_token(tokenizer, s) is None])
     is_shown = logging.is_progress_bar_enabled() and engine.process_index == 0
     said = []
-    with eval_mode(model), _generation_settings(model, settings):
+    with eval_mode(model), generation_settings(model, settings):
         for start in tqdm(range(0, len(rows), config.batch_size), desc=description, disable=not is_shown):
             batch = rows[start : start + config.batch_size]
             ids = [torch.tensor(prompt) for prompt, _ in batch]
@@ -189,8 +189,8 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    # A chat model may end its turns with other tokens than its tokenizer's.
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text: a chat model may end its turns with others than its tokenizer's."""
     end = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
 
@@ -233,7 +233,7 @@ def _sampled(
 
 
 @contextmanager
-def _generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+def generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Replaces the model's own settings as a whole: `generate` fills whatever it is not told from them."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = owner.generation_config

@@ -57,6 +57,7 @@ def self_generated_rows(
     answers greedily; here answers are sampled as questions are, from the distribution that is to be kept. Texts go on
     from the token that begins a text, or from `prompts`.
 
+    Questions and answers that were cut off are dropped; texts are as long as they may be, and no end of theirs counts.
     What shares `ngram` words in a row with a row to forget, or has one of `terms` in it, is dropped and drawn again:
     it is what must be forgotten. A forget row of fewer words is looked for as a whole.
 
@@ -99,7 +100,7 @@ def self_generated_rows(
     for attempt in range(max_tries):
         rows = (writer.questions if kind == "question" else writer.texts)(pending, attempt)
         for place, row in zip(pending, rows):
-            reason = forbidden.reason(_text_of(row, tokenizer)) if row else "empty, or a question without an end"
+            reason = forbidden.reason(_text_of(row, tokenizer)) if row else "empty or cut off"
             if reason:
                 dropped[reason] += 1
             else:
@@ -111,7 +112,7 @@ def self_generated_rows(
     if not found:
         raise ValueError(
             f"None of {sum(dropped.values())} texts of the model's own can be retain text: {reasons}. Bring a retain "
-            "set, sample another `kind`, or raise `ngram`."
+            "set, sample another `kind`, or raise `max_new_tokens` or `ngram`."
         )
     if dropped:
         missing = f"; {len(pending)} of {num_rows} rows are missing after {max_tries} tries" if pending else ""
@@ -140,7 +141,8 @@ class _Writer:
         kept = [(place, text) for place, each in zip(places, said) if each.end in ends and (text := each.text.strip())]
         prompts = [_prompt_ids(self.tokenizer, self._row(question, "a"), self.prompt_template) for _, question in kept]
         answered = self._sample(prompts, ANSWER, [place for place, _ in kept], attempt, (), "Their answers")
-        answers = [each.text.strip() for each in answered]
+        # An answer that was cut off would teach the model to end in the midst of one.
+        answers = ["" if each.end is None else each.text.strip() for each in answered]
         rows = {place: self._row(question, answer) for (place, question), answer in zip(kept, answers) if answer}
         return [rows.get(place) for place in places]
 
