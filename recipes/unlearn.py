@@ -128,10 +128,12 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
 def run(experiment: Experiment, task: UnlearningTask, notes: list[str]) -> list[Run]:
     """Unlearns once, with SOUL where no optimizer is named: a removal request wants a model, not a comparison."""
-    optimizer = "soul" if len(experiment.optimizers) > 1 else next(iter(experiment.optimizers))
+    if len(experiment.optimizers) > 1:
+        experiment.optimizers = {"soul": experiment.optimizers["soul"]}
+    ((optimizer, name),) = experiment.optimizers.items()
     comparison, config = experiment.compare(task), experiment.settings(optimizer)
     make_trainer = partial(experiment.make_trainer, task, config)
-    comparison.unlearn(experiment.optimizers[optimizer], config, make_trainer, experiment.arguments[0].evaluations)
+    comparison.unlearn(name, config, make_trainer, experiment.arguments[0].evaluations)
     comparison.write_report(task.title, notes)
     PartialState().print(f"The model that has forgotten is in {config.output_dir}")
     return comparison.runs
