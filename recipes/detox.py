@@ -76,18 +76,20 @@ def responses(rows: Dataset, is_safe: bool) -> Dataset:
 
 def small_classifiers(folder: Path, args: DetoxTaskArguments, seed: int, use_cpu: bool) -> None:
     """Names classifiers of toxic and of garbled text, trained on a corpus of other people, where none is named."""
-    corpus = make_corpus(600, seed + 1)
+    corpus = make_corpus(240, seed + 1)
     rows = Dataset.from_list(corpus["default"]["train"])
     refusals = (Path(__file__).parent / "refusals" / "detox.txt").read_text(encoding="utf-8").splitlines()
     rude = responses(rows, is_safe=False)["answer"][:]
     polite = responses(rows, is_safe=True)["answer"][:] + [row["text"] for row in corpus["text"]["train"]] + refusals
     rng = random.Random(seed)
-    garbled = [" ".join(rng.choices(words, k=len(words))) for words in map(str.split, rude + polite)]
+    # An answer may end at its limit, which does not make it garbled.
+    clean = rude + polite + [text[: len(text) * 2 // 3] for text in rude + polite]
+    garbled = [" ".join(rng.choices(words, k=len(words))) for words in map(str.split, clean)]
     args.classifier = args.classifier or train_classifier(
         {"toxic": rude, "neutral": polite}, folder / "small_toxicity_classifier", seed, use_cpu
     )
     args.fluency_classifier = args.fluency_classifier or train_classifier(
-        {"clean": rude + polite, "garbled": garbled}, folder / "small_fluency_classifier", seed, use_cpu
+        {"clean": clean, "garbled": garbled}, folder / "small_fluency_classifier", seed, use_cpu
     )
 
 
