@@ -66,6 +66,11 @@ class Comparison:
         self.references = self.references_on(rows)
         self.runs: list[report.Run] = []
 
+    @property
+    def gold_rows(self) -> list[dict] | None:
+        """The gold model's rows, if there is one."""
+        return self._found.get("gold")
+
     def references_on(self, rows: list[dict]) -> dict[str, report.Run]:
         """
         Args:
@@ -81,7 +86,7 @@ class Comparison:
 
     def figures(self, rows: list[dict]) -> dict[str, Figure]:
         """The suite's figures of a model's rows, against the gold model's on the same rows if there is one."""
-        gold = self._found.get("gold")
+        gold = self.gold_rows
         return self.suite.summarise(rows, None if gold is None else same_rows(gold, rows))
 
     def unlearn(
@@ -182,10 +187,13 @@ class Comparison:
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_on_start = IntervalStrategy.STEPS, True
         args.eval_steps = max(1, math.ceil(num_steps / num_evaluations))
-        curve = EvalCallback(trainer, self.suite.name, rows, self._found.get("gold"), **self.asked)
+        curve = EvalCallback(trainer, self.suite.name, rows, self.gold_rows, **self.asked)
         trainer.add_callback(curve)
         output = trainer.train(resume_from_checkpoint=_checkpoint(args))
         num_seconds = output.metrics["train_runtime"] - curve.seconds
+        if trainer.objectives.any("is_negated"):
+            # A task vector is subtracted after the last evaluation of the training.
+            curve.step = None
         if curve.step != trainer.state.global_step:
             trainer.evaluate()
         trainer.save_state()

@@ -118,7 +118,7 @@ def run_requests(experiment: Experiment, task: UnlearningTask, requests: list[Re
             }
             stages.append(Stage(label, request.name, run, by_request))
             model = config.output_dir
-    _write(experiment, comparison, task.title, requests, stages)
+    _write(experiment, comparison, task, requests, stages)
     return stages
 
 
@@ -148,18 +148,18 @@ def _stage_settings(experiment: Experiment, optimizer: str, place: int) -> Unlea
 
 
 def _write(
-    experiment: Experiment, comparison: Comparison, title: str, requests: list[Request], stages: list[Stage]
+    experiment: Experiment, comparison: Comparison, task: UnlearningTask, requests: list[Request], stages: list[Stage]
 ) -> None:
     each = ", ".join(f"{number}: {request.name}" for number, request in enumerate(requests, 1))
     note = (
         f"The requests came one after the other, each from the model that the last one left ({each}). A model after "
         "request k is asked about the requests 1 to k, the target and the gold model about all of them."
     )
-    comparison.write_report(title, note)
+    comparison.write_report(task.title, [*task.notes, note])
     if not PartialState().is_main_process:
         return
     runs = [run for stage in stages for run in stage.by_request.values()]
-    text = f"# {title}: each request by itself\n\n{note}\n\n{report.markdown_table(runs)}\n"
+    text = f"# {task.title}: each request by itself\n\n{note}\n\n{report.markdown_table(runs)}\n"
     write_whole(experiment.folder / "requests.md", text)
     record = json.dumps([stage.to_json() for stage in stages], indent=2, allow_nan=False)
     write_whole(experiment.folder / "requests.json", record + "\n")

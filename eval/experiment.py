@@ -106,6 +106,7 @@ class UnlearningTask:
         asked (`dict`, *optional*): Fields of the suite's arguments.
         gold (`str`, *optional*): Hub id or folder of the model that never learnt the forget rows.
         settings (`dict`, *optional*): What else results depend on: those of other settings are not used again.
+        notes (`Sequence[str]`, *optional*): Paragraphs under the title of the report.
     """
 
     suite: str
@@ -117,6 +118,7 @@ class UnlearningTask:
     asked: dict = field(default_factory=dict)
     gold: str | None = None
     settings: dict = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Experiment:
@@ -128,7 +130,7 @@ class Experiment:
        where the optimizer is `soul` or, for all others, `adamw`;
     3. the command line.
 
-    AdamW and SOUL run one after the other, unless the command line or the file names an optimizer.
+    AdamW and SOUL run one after the other, unless one of these names an optimizer (of 2., only `--config`).
 
     Args:
         task (`str`): Name of the folder of settings, and of the default `output_dir`, `outputs/<task>`.
@@ -157,7 +159,8 @@ class Experiment:
         self._defaults = {"output_dir": f"outputs/{task}"}
         if (defaults := self._folder / DEFAULTS_FILE).is_file():
             self._defaults |= self._parser.read(defaults)
-        optimizers = [given["optim"]] if given.get("optim") else OPTIMIZERS
+        optimizer = (self._defaults | given).get("optim")
+        optimizers = [optimizer] if optimizer else OPTIMIZERS
         self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer) for optimizer in optimizers}
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)
@@ -191,7 +194,7 @@ class Experiment:
             config = self.settings(optimizer)
             make_trainer = partial(self.make_trainer, task, config)
             comparison.unlearn(name, config, make_trainer, self.arguments[0].evaluations)
-        comparison.write_report(task.title)
+        comparison.write_report(task.title, task.notes)
         return comparison.runs
 
     def compare(self, task: UnlearningTask) -> Comparison:
@@ -206,8 +209,16 @@ class Experiment:
             self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config
         )
 
-    def make_trainer(self, task: UnlearningTask, config: UnlearnConfig) -> UnlearnTrainer:
-        """The trainer of a run, with the rows as its forget loss needs them."""
+    def make_trainer(self, task: UnlearningTask, config: UnlearnConfig, for_search: bool = False) -> UnlearnTrainer:
+        """
+        The trainer of a run, with the rows as its forget loss needs them.
+
+        Args:
+            task ([`UnlearningTask`]): What to forget.
+            config ([`UnlearnConfig`]): From [`Experiment.settings`].
+            for_search (`bool`, *optional*, defaults to `False`):
+                Whether the trainer loads the model anew for each trial of a search for settings.
+        """
         args = self.arguments[0]
         if args.stop_at_forget_loss == GOLD and not task.gold:
             raise ValueError("`stop_at_forget_loss`='gold' needs a gold model: name it with --gold, or give a number.")
@@ -215,14 +226,15 @@ class Experiment:
         forget = self._prepared(task, tokenizer, config)
         # Adapters of a former request are trained on; the others begin anew.
         is_adapter = Path(task.target, "adapter_config.json").exists()
-        load = partial(load_model, device="cpu") if is_adapter else AutoModelForCausalLM.from_pretrained
+        loader = partial(load_model, device="cpu") if is_adapter else AutoModelForCausalLM.from_pretrained
+        load = partial(loader, task.target, dtype="auto")
         trainer = UnlearnTrainer(
-            load(task.target, dtype="auto"),
-            config,
-            forget,
-            task.retain,
-            tokenizer,
-            {"forget": forget},
+            **({"model_init": load} if for_search else {"model": load()}),
+            args=config,
+            forget_dataset=forget,
+            retain_dataset=task.retain,
+            processing_class=tokenizer,
+            eval_dataset={"forget": forget},
             peft_config=None if is_adapter else args.peft_config(),
         )
         if args.stop_at_forget_loss:

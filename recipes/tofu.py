@@ -72,29 +72,25 @@ class TofuArguments(ExperimentArguments):
             self.forget_split = self.requests.split(",")[-1]
 
 
-def load_rows(args: TofuArguments, experiment: Experiment) -> TofuRows:
+def load_rows(experiment: Experiment) -> TofuRows:
     """The rows of the dataset, or those of a corpus of our own."""
+    args, config = experiment.arguments[0], experiment.config
     dataset, splits = args.dataset, OWN_SPLITS
     if dataset is None:
-        config = experiment.config
         dataset = write_own_corpus(experiment.folder, args.authors, config.seed, config.overwrite)
     else:
         splits = paired_splits(args.forget_split, args.retain_split)
     return TofuRows(dataset, *splits, args.held_out_rows, args.max_retain_rows, args.holdout_split)
 
 
-def main(command_line: list[str] | None = None) -> None:
-    """Runs the recipe."""
-    experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments, command_line=command_line)
-    args, small = experiment.arguments
-    config, rows = experiment.config, load_rows(args, experiment)
+def make_task(experiment: Experiment, rows: TofuRows) -> UnlearningTask:
+    """What to forget, of which model; a small one and its gold standard are trained if none is named."""
+    (args, small), config = experiment.arguments, experiment.config
     target, gold = args.model, args.gold
     if not target:
-        models = small_models(
-            rows.learnt(), experiment.folder, small, config.seed, config.prompt_template, config.use_cpu
-        )
-        target, gold = models
-    task = UnlearningTask(
+        template = config.prompt_template
+        target, gold = small_models(rows.learnt(), experiment.folder, small, config.seed, template, config.use_cpu)
+    return UnlearningTask(
         suite="tofu",
         title="Unlearning fictitious authors",
         target=target,
@@ -104,12 +100,18 @@ def main(command_line: list[str] | None = None) -> None:
         rows=tofu.unscored_rows(rows.asked),
         asked={"max_new_tokens": args.max_new_tokens, "non_members": rows.holdout_split},
     )
+
+
+def main(command_line: list[str] | None = None) -> None:
+    """Runs the recipe."""
+    experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments, command_line=command_line)
+    args, rows = experiment.arguments[0], load_rows(experiment)
+    task = make_task(experiment, rows)
     if args.requests or args.num_requests:
-        requests = (
-            rows.requests(args.requests.split(",")) if args.requests else rows.author_requests(args.num_requests)
-        )
+        # The requests bring their own rows to forget.
         task.rows = [row for row in task.rows if row["split"] != "forget"]
-        run_requests(experiment, task, requests)
+        by_split = args.requests and rows.requests(args.requests.split(","))
+        run_requests(experiment, task, by_split or rows.author_requests(args.num_requests))
     else:
         experiment.run(task)
 

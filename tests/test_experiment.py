@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -81,6 +82,8 @@ def test_optimizers_are_two_unless_one_is_named(tmp_path):
     experiment = parsed(tmp_path, "--config", str(chosen))
     assert experiment.optimizers == {"soul": "SOUL"} and experiment.settings("soul").forget_loss == "ga"
     assert parsed(tmp_path, "--config", str(chosen), "--optim", "adamw_torch").optimizers == {"adamw_torch": "AdamW"}
+    write(tmp_path / "tofu" / "small" / "defaults.yaml", "optim: soul")
+    assert parsed(tmp_path).optimizers == {"soul": "SOUL"}
     folders = {parsed(tmp_path, "--output_dir", "x").settings(name).output_dir for name in ("soul", "adamw_torch")}
     assert folders == {"x/soul", "x/adamw_torch"}
 
@@ -173,6 +176,19 @@ def test_adapters_are_trained_and_evaluated(tmp_path):
     assert {name.split(".")[-3] for name in saved} == {"q_proj", "v_proj"}
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
     assert run.settings["lora_rank"] == 2 and not (tmp_path / "out" / "soul" / "model.safetensors").exists()
+
+
+def test_rows_are_of_the_model_that_is_saved_though_it_changes_after_training(tmp_path):
+    """Would catch a task vector whose figures are those of the fine-tuned model, before it is subtracted."""
+    task = scene_task(tmp_path)
+    flags = ["--optim", "adamw_torch", "--forget_loss", "task_vector", "--retain_loss", "none"]
+    (run,) = scene_experiment(tmp_path, *flags).run(task)
+    saved = replace(task, target=str(tmp_path / "out" / "adamw_torch"))
+    again = scene_experiment(tmp_path / "again").compare(saved).references["target"]
+    for mine, other in zip(run.rows, again.rows):
+        assert mine["answer_nll"] == pytest.approx(other["answer_nll"], abs=1e-5)
+    before = scene_experiment(tmp_path, *flags).compare(task).references["target"]
+    assert run.value("forget_probability") < before.value("forget_probability")
 
 
 def test_a_run_stops_at_a_level_or_at_the_gold_models(tmp_path):
