@@ -76,8 +76,8 @@ class EvalCallback(TrainerCallback):
         self.seconds = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Notes where training begins or goes on."""
-        self.first_step = state.global_step
+        """Notes where training begins or goes on, and forgets what a former model said."""
+        self.first_step, self.step = state.global_step, None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Forgets when the model was asked if it is another one now, the best."""

@@ -16,11 +16,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer import UnlearnConfig, UnlearningStoppingCallback, UnlearnTrainer, gold_forget_loss
 from soul_trainer.config import SOPHIA_NAMES
 from soul_trainer.engines import Engine
 from soul_trainer.sampling import SamplingConfig, add_alternates
-from soul_trainer.stopping import UnlearningStoppingCallback, gold_forget_loss
 
 from .adapters import LoraArguments
 from .comparison import Comparison

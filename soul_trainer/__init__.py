@@ -6,11 +6,10 @@ from .registration import register
 # First: the configurations below name the optimizer by the string that this makes valid.
 register()
 
-from .callbacks import HessianCallback  # noqa: E402
+from .callbacks import HessianCallback, UnlearningStoppingCallback, gold_forget_loss  # noqa: E402
 from .config import SophiaArguments, UnlearnConfig  # noqa: E402
 from .curvature import estimate_hessian  # noqa: E402
 from .sophia import Sophia  # noqa: E402
-from .stopping import UnlearningStoppingCallback, gold_forget_loss  # noqa: E402
 from .trainer import UnlearnTrainer  # noqa: E402
 
 

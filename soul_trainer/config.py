@@ -163,6 +163,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SophiaArguments, Training
                 setattr(self, name, value)
         super().__post_init__()
         self.check()
+        self.remove_unused_columns = False
+
+    def check(self) -> None:
+        """Raises a `ValueError` that names the first setting of unlearning that is out of its range."""
+        super().check()
         check_choice("forget_loss", self.forget_loss, FORGET_LOSSES)
         check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
         check_choice("retain_weight_schedule", self.retain_weight_schedule, RETAIN_WEIGHT_SCHEDULES)
@@ -191,7 +196,6 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SophiaArguments, Training
                 "`sam_radius` takes the gradient of a forget loss beside the weights, and that of a retain loss at "
                 "them: it needs a `forget_loss`, and no `l1_weight`, which is neither."
             )
-        self.remove_unused_columns = False
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearnConfig":

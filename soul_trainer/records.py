@@ -7,6 +7,7 @@ from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
 from .config import SOPHIA_NAMES, SophiaArguments, UnlearnConfig
@@ -15,6 +16,9 @@ from .settings import ObjectiveArguments
 
 
 RUN_FILE = "unlearning.json"
+_TAGS = ("machine-unlearning", "soul-trainer")
+# In a model card, what follows was written after training, and stays.
+_SECTION_END = "<!-- soul-trainer: end -->"
 # An evaluation leaves it for every card that the Trainer writes; pushes to the hub skip names that begin so.
 EVALUATION_FILE = "_evaluation.md"
 
@@ -55,38 +59,53 @@ def _plain(values: dict) -> dict:
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
-def make_way(args: UnlearnConfig, is_main_process: bool) -> None:
+def make_way(folder: str, overwrite: bool, is_main_process: bool) -> None:
     """
-    Makes way for a new run in `output_dir`: with `overwrite`, removes a finished run's mark and its checkpoints, which
-    a later resume would take for those of the new run.
+    Makes way for a new run in its folder: with `overwrite`, removes a finished run's mark and its checkpoints, which a
+    later resume would take for those of the new run.
 
     Raises:
         ValueError: If a finished run is there and `overwrite` is not set.
     """
-    folder = Path(args.output_dir)
-    if not args.overwrite and (folder / RUN_FILE).exists():
+    folder = Path(folder)
+    if not overwrite and (folder / RUN_FILE).exists():
         raise ValueError(
-            f"`output_dir`={args.output_dir!r} holds a finished run: set `overwrite=True` (--overwrite) to replace "
-            "it, or choose another folder."
+            f"`output_dir`={str(folder)!r} holds a finished run: set `overwrite=True` (--overwrite) to replace it, or "
+            "choose another folder."
         )
-    if args.overwrite and is_main_process:
+    if overwrite and is_main_process:
         (folder / RUN_FILE).unlink(missing_ok=True)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
 
-def record_run(args: UnlearnConfig, metrics: dict[str, float]) -> None:
-    """Marks the run in `output_dir` as finished, with its settings and the Trainer's metrics."""
+def record_run(folder: str, args: UnlearnConfig, metrics: dict[str, float]) -> None:
+    """Marks the run in a folder as finished, with its settings and the Trainer's metrics."""
     record = {"settings": run_settings(args), "metrics": metrics}
-    write_whole(Path(args.output_dir) / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_whole(Path(folder) / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def add_to_model_card(args: UnlearnConfig) -> None:
-    """Adds the method, its settings and an evaluation's section to the card that the Trainer wrote to `output_dir`."""
+def read_model_card(folder: str) -> ModelCard | None:
+    """The model card in a folder, before the Trainer writes its own in its place."""
+    path = Path(folder) / "README.md"
+    return ModelCard.load(path) if path.exists() else None
+
+
+def complete_model_card(args: UnlearnConfig, before: ModelCard | None) -> None:
+    """
+    Adds to the model card that the Trainer wrote to `output_dir` the method, its settings and tags, and what the card
+    before had and the Trainer does not know: metadata, such as base model and datasets, and what comes after the
+    settings, such as the figures of an evaluation.
+    """
     path = Path(args.output_dir) / "README.md"
+    card = ModelCard.load(path)
+    known = before.data.to_dict() if before else {}
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_TAGS, *(known.get("tags") or [])]))
+    for name, value in known.items():
+        if card.data.get(name) is None:
+            card.data[name] = value
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in run_settings(args).items())
-    section = f"\n## Unlearning\n\nMade to forget with soul-trainer.\n\n| setting | value |\n|---|---|\n{rows}\n"
-    evaluation = path.with_name(EVALUATION_FILE)
-    if evaluation.exists():
-        section += "\n" + evaluation.read_text(encoding="utf-8")
-    write_whole(path, path.read_text(encoding="utf-8") + section)
+    section = f"## Unlearning\n\nMade to forget with soul-trainer.\n\n| setting | value |\n|---|---|\n{rows}\n"
+    after = before.text.partition(_SECTION_END)[2].strip() if before else ""
+    card.text = f"{card.text.rstrip()}\n\n{section}\n{_SECTION_END}\n" + (f"\n{after}\n" if after else "")
+    write_whole(path, str(card))

@@ -104,6 +104,15 @@ def keep_with_rows(rows: PairedDataset, objectives: Objectives, args: UnlearnCon
             )
 
 
+def drop_from_rows(rows: PairedDataset) -> None:
+    """Takes off the rows what [`keep_with_rows`] has added: another model has said it."""
+    kept = {"reference_log_prob", *_COLUMNS}
+    for half in ("forget", "retain"):
+        dataset = getattr(rows, half)
+        setattr(rows, half, dataset.remove_columns(kept & set(dataset.column_names)))
+    rows.preferred_log_prob = {}
+
+
 def _num_epochs(args: UnlearnConfig, num_rows: int) -> int:
     """Epochs that a run begins, at most."""
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -1,35 +1,36 @@
 """`UnlearnTrainer`: the Hugging Face Trainer with a forget and a retain objective in one forward."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from . import engines
 from .batch import ForgetRetainBatch
-from .callbacks import InterruptCallback, callbacks_for
+from .callbacks import InterruptCallback
 from .collator import UnlearnCollator
 from .config import UnlearnConfig
 from .formats import longest_row, prepare
-from .freezing import freeze_parameters
 from .halves import count_answers
-from .objectives import Objectives, l1_norm, parameters_of_layers
+from .objectives import Objectives, l1_norm
 from .pairing import make_pairs, warn_of_common_rows
 from .perturbation import SharpnessAwareMixin
-from .records import add_to_model_card, make_way, record_run
+from .records import record_run
 from .reference import Reference, forward_halves, needs_model
 from .reference_rows import RowForward, keep_with_rows
+from .runs import RunMixin
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
-class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Trainer):
+class UnlearnTrainer(SharpnessAwareMixin, RunMixin, Trainer):
     """
     Makes a causal language model forget some rows and keep others.
 
@@ -43,6 +44,9 @@ class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Traine
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Rows for `evaluate()`, which gives their loss; by default the forget and the retain rows.
         peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter of this kind instead of the whole model.
+        model_init (`Callable`, *optional*):
+            Makes the model that must forget, in the place of `model`: one for each training, and so for each trial of
+            `hyperparameter_search`, whose settings are those that `UnlearnConfig` has.
         **kwargs: Further arguments of [`~transformers.Trainer`]: `callbacks`, `compute_metrics`, ...
 
     Raises:
@@ -52,28 +56,26 @@ class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Traine
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | None = None,
         args: UnlearnConfig | TrainingArguments | None = None,
         forget_dataset: Dataset | list[dict] | None = None,
         retain_dataset: Dataset | list[dict] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **kwargs,
     ):
+        if (model is None) == (model_init is None):
+            raise ValueError("UnlearnTrainer needs `model` or `model_init`, one of them.")
         if any(needed is None for needed in (forget_dataset, retain_dataset, processing_class)):
             raise ValueError("UnlearnTrainer needs `forget_dataset`, `retain_dataset` and `processing_class`.")
         args = UnlearnConfig.from_training_arguments(args or UnlearnConfig())
+        self.args, self.peft_config, self.model_init = args, peft_config, model_init
+        self.reference: Reference | None = None
+        model = self.made_ready(model) if model_init is None else self.call_model_init()
         max_length = longest_row(args.max_length, model, processing_class)
-        if peft_config is not None:
-            set_seed(args.seed)
-            model = get_peft_model(model, peft_config)
-        self.has_fresh_adapter = peft_config is not None
         self.objectives = Objectives.named(args.forget_loss, args.retain_loss)
-        trainable = args.trainable_parameters
-        if args.forget_loss == "rmu" and trainable is None and not isinstance(model, PeftModel):
-            trainable = parameters_of_layers(args.rmu_layer)
-        freeze_parameters(model, trainable, args.frozen_parameters)
         self._tokenize = partial(
             prepare, tokenizer=processing_class, max_length=max_length, prompt_template=args.prompt_template
         )
@@ -90,18 +92,16 @@ class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Traine
                 processing_class=processing_class,
                 **kwargs,
             )
+        self.model_init = model_init  # the Trainer has not been told, and has made no second model
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.engine = engines.make_engine(self.accelerator, self.model)
         engines.check_trainer(self, self.engine)
-        self.reference: Reference | None = None
-        self.retain_weight = args.retain_weight
         self.step_losses: dict[str, torch.Tensor | float] = defaultdict(float)
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)
-        self._steps_since_log = 0
         self._interrupt = InterruptCallback(self.engine)
-        for callback in (self._interrupt, *callbacks_for(self, retain, forget)):
-            self.add_callback(callback)
+        self.add_callback(self._interrupt)
+        self.renew_callbacks()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """
@@ -112,29 +112,22 @@ class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Traine
             FloatingPointError: If a loss is not finite; the state before the step is saved and the rows are named.
             KeyboardInterrupt: After an interrupt, once its checkpoint is written.
         """
+        self.is_resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             resume_from_checkpoint = engines.whole_checkpoint(resume_from_checkpoint, self.args)
-        else:
-            make_way(self.args, self.is_world_process_zero())
-            self.accelerator.wait_for_everyone()
-        self._component_sums.clear()
-        self._steps_since_log = 0
-        # Before a checkpoint is loaded: the reference is the model that training began with.
-        if not self.engine.shards:
-            self._prepare_reference()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
         if self._interrupt.agree():
             # The signal may have come after the last step's turn to save, as in a callback that evaluates.
-            if not Path(f"{self.args.output_dir}/checkpoint-{self.state.global_step}").exists():
+            if not Path(f"{self.run_folder}/checkpoint-{self.state.global_step}").exists():
                 engines.save_checkpoint(self)
             raise KeyboardInterrupt("Training was interrupted; resume_from_checkpoint continues it.")
         if self.objectives.any("is_negated"):
             self.reference.negate(self.args.task_vector_scale)
         if self.is_world_process_zero():
-            record_run(self.args, output.metrics)
+            record_run(self.run_folder, self.args, output.metrics)
         return output
 
     def get_batch_samples(
@@ -205,15 +198,13 @@ class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Traine
             num_steps = max(self._steps_since_log, 1)
             for name, total in self._component_sums.items():
                 logs[name] = float(self.engine.sum(total)) / num_steps
-            self._component_sums.clear()
-            self._steps_since_log = 0
+            self.clear_losses()
         super().log(logs, start_time)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the Trainer's model card, with the method and its settings; see [`~transformers.Trainer`]."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_to_model_card(self.args)
+    def clear_losses(self) -> None:
+        """Forgets the losses since the last log."""
+        self._component_sums.clear()
+        self._steps_since_log = 0
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | list[dict] | None = None) -> DataLoader:
         """As [`~transformers.Trainer`]'s, for rows in any format of `formats.py`."""
@@ -233,10 +224,11 @@ class UnlearnTrainer(SharpnessAwareMixin, engines.ShardedCheckpointMixin, Traine
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """As [`~transformers.Trainer`]'s; it comes between the model's preparation and a checkpoint's loading."""
         if optimizer is None and self.engine.shards:
-            self._prepare_reference()
+            self.prepare_reference()
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _prepare_reference(self) -> None:
+    def prepare_reference(self) -> None:
+        """Keeps what the objectives need of the model as it is, in the rows or as a [`Reference`]."""
         is_quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         batch_size = 2 * engines.rows_per_forward(self)
         forward = RowForward(self.model, self.data_collator, batch_size, self.engine, not is_quiet)

@@ -8,6 +8,7 @@ from .hessian import HessianCallback
 from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback
 from .running import InterruptCallback, PairingCallback
+from .stopping import UnlearningStoppingCallback, gold_forget_loss
 
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "MaskCallback",
     "PairingCallback",
     "PrimalDualCallback",
+    "UnlearningStoppingCallback",
     "callbacks_for",
+    "gold_forget_loss",
 ]
 
 

@@ -65,6 +65,10 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             f"`optimizers` is a {type(trainer.optimizer).__name__}, but `optim` names Sophia: leave one out."
         )
+    if trainer.model_init is not None and trainer.optimizer is not None:
+        raise ValueError(
+            "`optimizers` steps one model, and `model_init` makes another for each training: leave one out."
+        )
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
     adapters = getattr(trainer.model, "peft_config", {}).values()

@@ -17,8 +17,9 @@ def save_checkpoint(trainer: Trainer) -> str:
     Returns:
         `str`: Its folder.
     """
-    trainer._save_checkpoint(trainer.model_wrapped, trial=None)
-    return f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+    trial = getattr(trainer, "_trial", None)  # there is one since training began
+    trainer._save_checkpoint(trainer.model_wrapped, trial)
+    return f"{trainer._get_output_dir(trial)}/checkpoint-{trainer.state.global_step}"
 
 
 def stop_at_rows(trainer: Trainer, engine: Engine, rows: list[str]) -> None:

@@ -10,8 +10,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .engines import Engine
-from .reference import eval_mode
+from ..engines import Engine
+from ..reference import eval_mode
 
 
 logger = logging.get_logger(__name__)

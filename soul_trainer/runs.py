@@ -1,0 +1,90 @@
+"""A run of a trainer: its model, what a former run has left, its folder and its model card. A search makes many."""
+
+from collections.abc import Sequence
+
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+
+from . import engines
+from .callbacks import callbacks_for
+from .engines.trials import TrialMixin
+from .freezing import freeze_parameters
+from .objectives import parameters_of_layers
+from .records import complete_model_card, make_way, read_model_card
+from .reference_rows import drop_from_rows
+
+
+class RunMixin(TrialMixin, engines.ShardedCheckpointMixin, Trainer):
+    """
+    The runs of an [`UnlearnTrainer`]. With `model_init` each has a model of its own, and so an engine, a reference and
+    callbacks of its own.
+
+    Attributes:
+        retain_weight (`float`): Of the next step; callbacks may move it.
+    """
+
+    # Of these the trainer and its rows are made or, before a trial draws its settings, the model.
+    fixed_settings = (
+        *("forget_loss", "retain_loss", "trainable_parameters", "frozen_parameters", "rmu_layer"),
+        *("max_length", "prompt_template", "refusal_answers", "seed", "data_seed"),
+    )
+
+    own_callbacks: Sequence[TrainerCallback] = ()
+
+    @property
+    def has_fresh_adapter(self) -> bool:
+        """Whether the adapter that is trained is of our own making."""
+        return self.peft_config is not None
+
+    def begin_run(self) -> None:
+        """Makes way in the folder, takes the settings up, and asks the model what must be known of it."""
+        self.args.check()
+        if not self.is_resumed:
+            make_way(self.run_folder, self.args.overwrite, self.is_world_process_zero())
+            self.accelerator.wait_for_everyone()
+        if self.model_init is not None:
+            self.engine = engines.make_engine(self.accelerator, self.model)
+            drop_from_rows(self.train_dataset)
+            self.renew_callbacks()
+        self.retain_weight = self.args.retain_weight
+        self.clear_losses()
+        # Before a checkpoint is loaded: the reference is the model that training began with.
+        if not self.engine.shards:
+            self.prepare_reference()
+
+    def renew_callbacks(self) -> None:
+        """Adds the callbacks that the settings ask for, in the place of those of a former run."""
+        for callback in self.own_callbacks:
+            self.remove_callback(callback)
+        rows = self.train_dataset
+        self.own_callbacks = callbacks_for(self, rows.retain, rows.forget)
+        for callback in self.own_callbacks:
+            self.add_callback(callback)
+
+    def call_model_init(self, trial=None) -> PreTrainedModel | PeftModel:
+        """A model from `model_init`, with an adapter and frozen as the settings say."""
+        self.reference = self.perturbation = None  # hold the model before, for which there may be no room
+        set_seed(self.args.seed)
+        return self.made_ready(super().call_model_init(trial))
+
+    def made_ready(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        """The model with the adapter of `peft_config`, and frozen as the settings say."""
+        args = self.args
+        if self.peft_config is not None:
+            set_seed(args.seed)
+            model = get_peft_model(model, self.peft_config)
+        trainable = args.trainable_parameters
+        if args.forget_loss == "rmu" and trainable is None and not isinstance(model, PeftModel):
+            trainable = parameters_of_layers(args.rmu_layer)
+        freeze_parameters(model, trainable, args.frozen_parameters)
+        return model
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """
+        Writes the Trainer's model card, with the method and its settings; see [`~transformers.Trainer`]. What a card
+        that is there has besides, as an evaluation, stays.
+        """
+        if self.is_world_process_zero():
+            before = read_model_card(self.args.output_dir)
+            super().create_model_card(*args, **kwargs)
+            complete_model_card(self.args, before)
