@@ -98,6 +98,9 @@ def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = 
     history = [
         {key: entry[key] for key in entry if isinstance(entry[key], float)} for entry in trainer.state.log_history
     ]
+    # A task vector is subtracted once training has ended.
+    evaluated = trainer.evaluate() if job.is_evaluated else {}
+    evaluated = {name: value for name, value in evaluated.items() if name.endswith("_loss")}
     result = {
         "weights": watch.weights,
         "hessian": whole(trainer.model, optimizer, engine, "hessian"),
@@ -108,6 +111,7 @@ def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = 
             callback.rows for callback in trainer.callback_handler.callbacks if isinstance(callback, EvalCallback)
         ],
         "steps": trainer.state.global_step,
+        "evaluated": evaluated,
     }
     _KEPT.append(trainer)
     return result
