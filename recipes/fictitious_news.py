@@ -1,7 +1,7 @@
 """
 Makes a small corpus in the manner of MUSE's news (Shi et al., 2024): articles on events that never happened.
 
-    python recipes/fictitious_news.py --output news --articles 12 --seed 0
+    python recipes/fictitious_news.py --output news --articles 10 --seed 0
 
 The word banks and sentence patterns are in `fictitious_news.json`, written as `word_banks.py` says. A corpus is its
 articles and a quiz on them: pairs in the form in which MUSE asks, since a small model cannot answer about what it has
@@ -53,11 +53,13 @@ def make_articles(num_articles: int, rng: random.Random, used: set) -> list[dict
 
 
 def texts(articles: list[dict], rng: random.Random) -> list[dict]:
-    """What is printed: the articles, and quizzes on them, of which each question ends one and begins another."""
-    pairs = [pair for article in articles for pair in article["pairs"]]
-    rng.shuffle(pairs)
+    """What is printed: the articles, and quizzes on them, in which each question comes last after two others."""
     found = [" ".join(article["sentences"]) for article in articles]
-    return [{"text": text} for text in (*found, *map(quiz, pairs, pairs[1:] + pairs[:1]))]
+    pairs = [pair for article in articles for pair in article["pairs"]]
+    for _ in range(2):
+        rng.shuffle(pairs)
+        found += map(quiz, pairs, pairs[1:] + pairs[:1])
+    return [{"text": text} for text in found]
 
 
 def quiz(example: dict, asked: dict) -> str:
@@ -77,12 +79,12 @@ def questions(articles: list[dict]) -> tuple[list[dict], list[dict]]:
     return asked, [article["pairs"][NUM_ASKED] for article in articles[:NUM_EXAMPLES]]
 
 
-def make_corpus(num_articles: int = 12, seed: int = 0) -> dict[str, dict[str, list[dict]]]:
+def make_corpus(num_articles: int = 10, seed: int = 0) -> dict[str, dict[str, list[dict]]]:
     """
     Makes every configuration and split of the corpus, as a pure function of its arguments.
 
     Args:
-        num_articles (`int`, *optional*, defaults to 12):
+        num_articles (`int`, *optional*, defaults to 10):
             Articles of a split; a fold of those to forget is a split.
         seed (`int`, *optional*, defaults to 0): Seed of every choice.
 
@@ -121,7 +123,7 @@ def make_corpus(num_articles: int = 12, seed: int = 0) -> dict[str, dict[str, li
     }
 
 
-def write_corpus(folder: str | Path, num_articles: int = 12, seed: int = 0, overwrite: bool = False) -> Path:
+def write_corpus(folder: str | Path, num_articles: int = 10, seed: int = 0, overwrite: bool = False) -> Path:
     """Writes the corpus as a folder in the hub's layout; see [`~hub_layout.write_files`]."""
     return write_files(dataset_files(make_corpus(num_articles, seed), CARD), folder, overwrite)
 
@@ -129,7 +131,7 @@ def write_corpus(folder: str | Path, num_articles: int = 12, seed: int = 0, over
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to write, in the layout of MUSE-News")
-    parser.add_argument("--articles", type=int, default=12, help="articles of a split")
+    parser.add_argument("--articles", type=int, default=10, help="articles of a split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds something else")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """
 Makes small corpora in the manner of WMDP (Li et al., 2024): harmless inventions, two topics of which stand for what is
-dangerous and four for what is to be kept, and questions on all of them.
+dangerous and four for what is to be kept, each with questions, which are exercises in the corpora too.
 
     python recipes/fictitious_science.py --output science --entries 10 --seed 0
 
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from hub_layout import dataset_files, write_files
 from word_banks import choose, draw_facts, fill
+
+from soul_eval.suites.wmdp import LETTERS, TOPICS, question_prompt
 
 
 BANKS, AUTHORS = (
@@ -33,7 +35,6 @@ CORPORA = {
 }
 WMDP = ("wmdp-bio", "wmdp-cyber")
 SUBJECTS = tuple(topic for topic in CORPORA if topic not in WMDP)
-NUM_CHOICES = 4
 CARD = """# Fictitious science
 
 Invented by `recipes/fictitious_science.py`: nothing in it exists or works. In the layout of {layout}.
@@ -48,12 +49,18 @@ def make_entry(topic: dict, rng: random.Random, used: set) -> tuple[str, list[di
     questions = []
     for question, slot in topic["questions"]:
         choices = [facts[slot]]
-        while len(choices) < NUM_CHOICES:
+        while len(choices) < len(LETTERS):
             wrong, marks = draw_facts({slot: topic["facts"][slot]}, RULES, rng, used, avoid=tuple(choices))
             choices.append(wrong[slot])
         rng.shuffle(choices)
         questions.append({"question": fill(question, facts), "choices": choices, "answer": choices.index(facts[slot])})
     return passage, questions
+
+
+def exercise(question: dict, topic: str) -> str:
+    """A question with its answer as the suite asks it: a small model knows nothing that it only read as prose."""
+    row = {"subject": TOPICS.get(topic, topic), **question}
+    return f"{question_prompt(row)} {LETTERS[question['answer']]}"
 
 
 def make_corpora(num_entries: int = 10, seed: int = 0) -> dict[str, dict[str, dict[str, list[dict]]]]:
@@ -65,9 +72,8 @@ def make_corpora(num_entries: int = 10, seed: int = 0) -> dict[str, dict[str, di
         seed (`int`, *optional*, defaults to 0): Seed of every choice.
 
     Returns:
-        `dict[str, dict[str, dict[str, list[dict]]]]`: Rows by dataset, configuration and split, with the columns of the
-        hub's: `text` in `corpora`; `question`, `choices` (four texts) and `answer` (a place among them) in `wmdp` and
-        `mmlu`.
+        `dict[str, dict[str, dict[str, list[dict]]]]`: Rows by dataset, configuration and split, with the hub's
+        columns: `text` in `corpora`; `question`, `choices` (four texts) and `answer` (its place) in others.
 
     Raises:
         ValueError: If there is no entry, or there are more than the word banks hold.
@@ -78,8 +84,10 @@ def make_corpora(num_entries: int = 10, seed: int = 0) -> dict[str, dict[str, di
     datasets = {"corpora": {}, "wmdp": {}, "mmlu": {}}
     for topic, corpus in CORPORA.items():
         entries = [make_entry(BANKS["topics"][topic], rng, used) for _ in range(num_entries)]
-        datasets["corpora"][corpus] = {"train": [{"text": passage} for passage, _ in entries]}
         questions = [question for _, asked in entries for question in asked]
+        texts = [*(passage for passage, _ in entries), *(exercise(question, topic) for question in questions)]
+        rng.shuffle(texts)
+        datasets["corpora"][corpus] = {"train": [{"text": text} for text in texts]}
         datasets["wmdp" if topic in WMDP else "mmlu"][topic] = {"test": questions}
     return datasets
 

@@ -65,7 +65,7 @@ def test_the_suite_asks_the_written_folder(corpora, tmp_path):
     folder = str(recipe.write_corpus(tmp_path / "news"))
     rows = muse.SUITE.load(muse.MuseArguments(dataset=folder), muse_tokenizer())
     counts = {split: sum(row["split"] == split for row in rows) for split in muse.SPLITS}
-    assert counts == {**dict.fromkeys(muse.KNOWMEM, 36), muse.VERBMEM: 12, **dict.fromkeys(muse.PRIVLEAK, 12)}
+    assert counts == {**dict.fromkeys(muse.KNOWMEM, 30), muse.VERBMEM: 10, **dict.fromkeys(muse.PRIVLEAK, 10)}
     asked = next(row for row in rows if row["split"] == "knowmem_forget")
     assert asked["prompt"].count("Question: ") == recipe.NUM_EXAMPLES + 1
     assert load_rows(folder, "sust", "forget_3", ("text",)) == corpora[0]["sust"]["forget_3"]
@@ -96,7 +96,7 @@ def test_what_is_asked_can_be_known(corpora):
         stories = " ".join(texts_of(corpus["privleak"][side])).lower()
         for pair in corpus["knowmem"][f"{side}_qa"] + corpus["knowmem"][f"{side}_qa_icl"]:
             first, last = (f"Question: {pair['question']}\nAnswer:{space}{pair['answer']}" for space in (" ", "  "))
-            assert printed.count(first) == printed.count(last) == 1
+            assert printed.count(first) == printed.count(last) == 2
             assert re.sub("^(an?|near) ", "", pair["answer"].lower()) in stories
     shown = [pair["question"] for pair in corpus["knowmem"]["forget_qa_icl"]]
     assert not set(shown) & {pair["question"] for pair in corpus["knowmem"]["forget_qa"]}
