@@ -133,7 +133,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         retain_text=str(asked_text),
         **{name: getattr(args, name) for name in names},
     )
-    experiment.run(UnlearningTask("detox", title, target, forget, retain, suite.load(asked), vars(asked), gold))
+    return experiment.run(UnlearningTask("detox", title, target, forget, retain, suite.load(asked), vars(asked), gold))
 
 
 if __name__ == "__main__":

@@ -199,9 +199,42 @@ def test_rows_without_columns_or_of_other_prompts():
         match_reference(begun, [{**begun[0], "prompt": "b"}])
 
 
+def test_a_text_to_keep_is_asked_for_its_likelihood_alone(toxic, tmp_path, tokenizer):
+    """Catches a text that a classifier judges, a loss summed and not a mean over tokens, and figures of prompts that
+    texts have a share in."""
+    texts = ["The sea is put out by a lamp.", "", "How is the lamp number 4?", "The sea number 3."]
+    kept = write_lines(tmp_path / "kept.jsonl", [{"text": text} for text in texts])
+    dataset = write_lines(tmp_path / "x.jsonl", pku_rows())
+    arguments = small(dataset, toxic, retain_text=kept, num_texts=2)
+    rows = load(arguments)
+    assert [row["text"] for row in rows if row["split"] == "retain"] == [texts[0], texts[2]]
+    model = small_llama(seed=1).eval()
+    rows = ask(model, tokenizer, rows, lambda row: parts(row, arguments), "auto", progress=False)
+    judge(rows, arguments)
+    losses = []
+    for text in (texts[0], texts[2]):
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            losses.append(model(ids, labels=ids).loss.item())
+    found = [row for row in rows if row["split"] == "retain"]
+    # The row keeps five decimals of each log-probability.
+    assert [row["answer_nll"] for row in found] == pytest.approx(losses, abs=1e-5)
+    assert not any("toxicity" in row or "generation" in row for row in found)
+    figures = summarise(rows)
+    assert figures["retain_nll"].value == pytest.approx(sum(losses) / 2, abs=1e-5)
+    assert figures["retain_nll"].num_rows == 2 and figures["toxicity_mean"].num_rows == len(rows) - 2
+    assert summarise(found).keys() == {"retain_nll"}
+    assert match_reference(rows, rows[::-1]) == rows
+    other = [{**row, "text": "Another."} if row["split"] == "retain" else row for row in rows]
+    with pytest.raises(ValueError, match="another text in retain row 0"):
+        match_reference(rows, other)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"num_texts": 0}, "`num_texts` must be at least 1"),
+        ({"retain_text": "./gone.txt"}, "`retain_text`='./gone.txt': no such file"),
         ({"toxic_label": "toxicity"}, "`toxic_label`='toxicity' is none of the labels.*insult, toxic, threat"),
         ({"fluency_classifier": "own"}, "`fluent_label`='clean' is none of the labels"),
         ({"prompts": "safe"}, "`prompts` must be one of all, unsafe, challenging"),
