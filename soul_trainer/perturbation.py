@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from .batch import ForgetRetainBatch, select_rows
-from .engines import Engine, save_checkpoint
+from .engines import Engine, GradientError, save_checkpoint
 from .random_state import forked_rng
 
 
@@ -38,24 +38,27 @@ class Perturbation:
     def __init__(self, model: torch.nn.Module, radius: float, engine: Engine | None = None):
         self.model, self.radius, self.engine = model, radius, engine or Engine()
         self.moved: list[Tensor] = []
+        self.uses_left = 0
 
     @torch.no_grad()
-    def find(self, gradients: list[Tensor]) -> None:
+    def find(self, gradients: list[Tensor], num_uses: int = 1) -> None:
         """
         Moves from the weights as they are along a gradient. Where it is zero, the weights stay.
 
         Args:
             gradients (`list[torch.Tensor]`): Of the forget loss, from [`~engines.Engine.gradients`]. They are used up.
+            num_uses (`int`, *optional*, defaults to 1):
+                How often the weights will be [`applied`], a step's number of micro-batches; then they are dropped.
 
         Raises:
-            FloatingPointError: If the gradient is not finite.
+            GradientError: If the gradient is not finite.
         """
         squares = [torch.linalg.vector_norm(gradient, dtype=torch.float32).square() for gradient in gradients]
         norm = float(self.engine.sum_over_parts(self.model, squares)) ** 0.5
         if not norm < float("inf"):
-            raise FloatingPointError("The gradient of the forget loss is not finite, and `sam_radius` moves along it.")
+            raise GradientError("The gradient of the forget loss is not finite, and `sam_radius` moves along it.")
         self.engine.forget_gathered(self.model)
-        self.moved = []
+        self.moved, self.uses_left = [], num_uses
         for weight in self.engine.local_weights(self.model):
             gradient = gradients.pop(0)
             # In float32 also where weights are bfloat16, which would round the step before it is added.
@@ -70,6 +73,9 @@ class Perturbation:
             yield
         finally:
             self.engine.swap_weights(self.model, self.moved)
+            self.uses_left -= 1
+            if not self.uses_left:
+                self.moved = []
 
 
 class SharpnessAwareMixin(Trainer):
@@ -112,13 +118,14 @@ class SharpnessAwareMixin(Trainer):
 
         # The random state of a resumed run is loaded later; dropout is a function of the step and the process.
         seed = hash((self.args.seed, self.state.global_step, self.engine.process_index))
-        with forked_rng(seed), self.engine.gradients_set_aside(self.optimizer):
-            gradients = self.engine.gradients(self.model, backward)
-        self.step_losses, self._component_sums = logged
         try:
-            self.perturbation.find(gradients)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} {save_checkpoint(self)} holds the state before it.") from None
+            with forked_rng(seed), self.engine.gradients_set_aside(self.optimizer):
+                gradients = self.engine.gradients(self.model, backward)
+            self.perturbation.find(gradients, num_uses=len(batches))
+        except GradientError as error:
+            raise GradientError(f"{error} {save_checkpoint(self)} holds the state before it.") from None
+        finally:
+            self.step_losses, self._component_sums = logged
 
     def training_step(
         self, model: torch.nn.Module, inputs: ForgetRetainBatch, num_items_in_batch: Tensor | None = None

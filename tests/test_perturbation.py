@@ -6,6 +6,7 @@ from peft import LoraConfig
 from scenes import FORGET, largest_difference, logged, scene_config, scene_model, scene_trainer, weights
 from toys import ToyLM
 
+from soul_trainer.engines import trained_parameters
 from soul_trainer.perturbation import Perturbation
 
 
@@ -39,7 +40,7 @@ def test_weights_come_back_bit_for_bit(dtype):
     model = ToyLM().to(dtype)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     perturbation = Perturbation(model, radius=0.37)
-    perturbation.find(gradients_of(model))
+    perturbation.find(gradients_of(model), num_uses=3)
     for _ in range(2):  # of a step's micro-batches
         with perturbation.applied():
             moved = [parameter.detach().clone() for parameter in model.parameters()]
@@ -48,6 +49,7 @@ def test_weights_come_back_bit_for_bit(dtype):
     with pytest.raises(RuntimeError, match="backward"), perturbation.applied():
         raise RuntimeError("an error in a backward")
     assert all(now.equal(then) for now, then in zip(model.parameters(), before))
+    assert not perturbation.moved  # no second copy of the weights while the optimizer steps
 
 
 def test_a_gradient_of_zero_moves_nothing():
@@ -116,19 +118,24 @@ def test_a_step_is_the_formula(tmp_path):
     assert logged(trainer, "forget_loss") == [pytest.approx(perturbed_loss, rel=1e-5)]
 
 
-@pytest.mark.parametrize("optim", ["soul", "adamw_torch"])
-def test_a_radius_to_zero_is_plain_unlearning(tmp_path, optim):
+# Steps of Adam and of clipped Sophia are signs where a gradient is near 0, and 8 bits of bfloat16 round often.
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [({}, 1e-4), ({"optim": "adamw_torch"}, 1e-4), ({"bf16": True, **SGD, "learning_rate": 0.01}, 1e-3)],
+    ids=["soul", "adamw", "bf16"],
+)
+def test_a_radius_to_zero_is_plain_unlearning(tmp_path, settings, tolerance):
     """Would catch losses that count twice, gradients of the first pass that stay, and an extra refresh or step."""
     found = {}
     for radius in (0.0, 1e-7, 0.3):
-        settings = {"optim": optim, "sam_radius": radius, "gradient_accumulation_steps": 2}
-        trainer = scene_trainer(tmp_path / str(radius), per_device_train_batch_size=2, **settings)
+        batches = {"sam_radius": radius, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        trainer = scene_trainer(tmp_path / str(radius), **batches, **settings)
         trainer.train()
         found[radius] = weights(trainer.model), logged(trainer, "forget_loss"), logged(trainer, "retain_loss")
-    assert largest_difference(found[0.0][0], found[1e-7][0]) < 1e-4
+    assert largest_difference(found[0.0][0], found[1e-7][0]) < tolerance
     for one, other in zip(found[0.0][1:], found[1e-7][1:], strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
-    assert largest_difference(found[0.0][0], found[0.3][0]) > 1e-3
+        assert one == pytest.approx(other, rel=10 * tolerance)
+    assert largest_difference(found[0.0][0], found[0.3][0]) > 3 * tolerance
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,13 @@ def test_an_adapter_is_perturbed_alone(tmp_path):
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not value.equal(before[name])}
     assert moved and all("lora_" in name for name in moved)
-    assert len(trainer.perturbation.moved) == 2
+    perturbation = Perturbation(trainer.model, radius=0.5)
+    perturbation.find([torch.ones_like(parameter) for parameter in trained_parameters(trainer.model)])
+    before = weights(trainer.model)
+    with perturbation.applied():
+        steps = {name: value - before[name] for name, value in weights(trainer.model).items()}
+    assert {name for name, step in steps.items() if step.any()} <= {name for name in steps if "lora_" in name}
+    assert float(torch.cat([step.flatten() for step in steps.values()]).norm()) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_the_loss_scale_of_float16_leaves_the_perturbation(tmp_path):

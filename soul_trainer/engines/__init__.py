@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn import Module
 
-from .base import MOST_OVERFLOWS, Engine, find_sophia, trained_parameters
+from .base import MOST_OVERFLOWS, Engine, GradientError, find_sophia, trained_parameters
 from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, whole_checkpoint
 from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
 from .deepspeed import DeepSpeedEngine
@@ -26,6 +26,7 @@ from .hooks import rows_per_forward, save_checkpoint, stop_at_rows
 __all__ = [
     "MOST_OVERFLOWS",
     "Engine",
+    "GradientError",
     "KeptWithCheckpoint",
     "ShardedCheckpointMixin",
     "check_engine",

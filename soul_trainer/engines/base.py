@@ -13,6 +13,10 @@ from ..batch import parts_of
 from ..sophia import Sophia
 
 
+class GradientError(FloatingPointError):
+    """A gradient is not finite, while the losses are."""
+
+
 class LocalState(NamedTuple):
     """
     What one process holds of Sophia's state of one parameter.
@@ -163,7 +167,7 @@ class Engine:
             `list[torch.Tensor]`: This process's parts, unscaled, in the order of [`Engine.local_weights`].
 
         Raises:
-            FloatingPointError: If float16 overflows at every loss scale.
+            GradientError: If float16 overflows at every loss scale.
         """
         parameters = trained_parameters(model)
         scaler = self.accelerator.scaler if self.accelerator else None
@@ -183,7 +187,7 @@ class Engine:
             if not self.sum_over_parts(model, [(~gradient.isfinite()).sum() for gradient in gradients]):
                 return gradients
             scaler.update(scale * scaler.get_backoff_factor())
-        raise FloatingPointError("The gradient overflows float16 at every loss scale.")
+        raise GradientError("The gradient overflows float16 at every loss scale.")
 
     def sum_over_parts(self, model: torch.nn.Module, numbers: list[Tensor]) -> Tensor:
         """
