@@ -10,15 +10,14 @@ from toys import tiny_llama
 
 from soul_trainer.engines import Engine
 from soul_trainer.formats import encode, render
-from soul_trainer.sampling import SamplingConfig, add_alternates, sample, self_generated_rows
-from soul_trainer.sampling.drawing import TEXT
+from soul_trainer.sampling import SamplingConfig, add_alternates, sample
 
 
 NAMES = ["Ada", "Bo", "Cy", "Di"]
 ROWS = [{"question": f"Who is {name}?", "answer": f"{name} is a poet."} for name in NAMES]
-POSITIONS = 256
+POSITIONS, END_OF_TURN = 256, "<|eot|>"
 CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -29,6 +28,10 @@ def text_tokenizer(chat_template=None, pad=True):
     tokenizer.chat_template, tokenizer.model_max_length = chat_template, POSITIONS
     if not pad:
         tokenizer.pad_token = None
+    if chat_template:
+        # As Phi's end of a turn: special, but under no name of the tokenizer's.
+        tokenizer.add_tokens([END_OF_TURN], special_tokens=True)
+        assert END_OF_TURN not in tokenizer.all_special_tokens
     return tokenizer
 
 
@@ -49,6 +52,8 @@ def learnt_model(tokenizer, rows, num_steps=60):
         model(input_ids=batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    if tokenizer.chat_template:
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, END_OF_TURN])
     return model.eval()
 
 
@@ -210,7 +215,7 @@ def test_the_model_is_asked_as_altpo_asks(chat, monkeypatch):
     system = [{"role": "system", "content": "Be brief."}]
     config = SamplingConfig(max_new_tokens=4)
     add_alternates([{"messages": system + turns}], model, tokenizer, 1, "{question} -> {answer}?", config)
-    expected = "<|system|>Be brief.<|end|><|user|>Who is {answer}? -> Ada.?<|end|><|assistant|>Alternate Answer:"
+    expected = "<|system|>Be brief.<|eot|><|user|>Who is {answer}? -> Ada.?<|eot|><|assistant|>Alternate Answer:"
     assert asked[0] == expected
     asked.clear()
     pair = {"prompt": "Who is Bo?", "completion": " Bo is a poet."}
@@ -245,111 +250,6 @@ def sample_after(model, tokenizer, prompt):
     """What a model says after a prompt at a low temperature."""
     config = SamplingConfig(temperature=0.05)
     return sample(model, tokenizer, [tokenizer(prompt)["input_ids"]], [(0, 0)], config, 16)[0].text.strip()
-
-
-@pytest.mark.parametrize("which", ["plain", "chat"])
-def test_questions_are_had_from_the_beginning_of_a_turn(which, request):
-    """Would catch a question with its template, an answer to another question, and rows of other kinds."""
-    model, tokenizer = request.getfixturevalue(which)
-    known = learnt_model(tokenizer, ROWS, num_steps=200)
-    config = SamplingConfig(temperature=0.7, max_new_tokens=24)
-    found = self_generated_rows(known, tokenizer, 6, kind="question", config=config)
-    assert len(found.rows) == 6
-    truths = {row["question"]: row["answer"] for row in ROWS}
-    matches = [row for row in found.rows if truths.get(row["question"]) == row["answer"]]
-    assert len(matches) >= 3, found.rows
-    assert all(set(row) == {"question", "answer"} for row in found.rows)
-    assert not any("<|" in text or "Answer" in text for row in found.rows for text in row.values())
-    again = self_generated_rows(
-        known, tokenizer, 6, kind="question", config=SamplingConfig(0.7, max_new_tokens=24, batch_size=4)
-    )
-    assert again == found
-    more = self_generated_rows(known, tokenizer, 8, kind="question", config=config)
-    assert more.rows[:6] == found.rows, "a row is a function of its place"
-
-
-def test_a_tokenizer_with_a_chat_template_asks_and_one_without_writes(plain, chat):
-    """Would catch text rows for a chat model, whose own turns they are not."""
-    for (model, tokenizer), columns in ((plain, {"text"}), (chat, {"question", "answer"})):
-        rows = self_generated_rows(model, tokenizer, 2, config=SamplingConfig(max_new_tokens=24)).rows
-        assert all(set(row) == columns for row in rows)
-
-
-def test_texts_begin_as_they_are_told(plain):
-    """Would catch beginnings that get lost, and a text that begins with no token at all."""
-    model, tokenizer = plain
-    config = SamplingConfig(max_new_tokens=6)
-    rows = self_generated_rows(model, tokenizer, 5, kind="text", prompts=["Who", "Ada is"], config=config).rows
-    assert [row["text"].startswith(start) for row, start in zip(rows, ["Who", "Ada is"] * 2)] == [True] * 4
-    begin, draws = [tokenizer.eos_token_id], [(0, TEXT, place, 0) for place in range(3)]
-    texts = sample(model, tokenizer, [begin] * 3, draws, config, 6)
-    assert self_generated_rows(model, tokenizer, 3, config=config).rows == [{"text": each.text} for each in texts]
-    tokenizer = text_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="neither `bos_token` nor `eos_token`"):
-        self_generated_rows(model, tokenizer, 1, kind="text", config=config)
-
-
-def test_what_must_be_forgotten_does_not_come_back(plain, caplog):
-    """Would catch retain text that holds rows to forget or a name, and drops that nobody hears of."""
-    model, tokenizer = plain
-    known = learnt_model(tokenizer, ROWS, num_steps=200)
-    settings = {"kind": "question", "config": SamplingConfig(temperature=0.7, max_new_tokens=24)}
-    free = self_generated_rows(known, tokenizer, 12, **settings)
-    assert any(row == ROWS[0] for row in free.rows), "the model says it unless it is held back"
-    kinds = [
-        ROWS[0],
-        {"prompt": "Who is Ada?", "completion": " Ada is a poet."},
-        {"messages": [{"role": "user", "content": "Who is Ada?"}, {"role": "assistant", "content": "Ada is a poet."}]},
-        {"text": "Who is ADA? Ada is a poet!"},
-        {"input_ids": tokenizer("Who is Ada? Ada is a poet.")["input_ids"]},
-    ]
-    for forget in kinds:
-        held = self_generated_rows(known, tokenizer, 12, [forget], **settings)
-        assert len(held.rows) == 12 and not any(
-            "Ada is a poet" in row["answer"] for row in held.rows if "Ada" in row["question"]
-        )
-        assert held.dropped["that repeat rows to forget"] >= 1
-        assert [row for row, other in zip(held.rows, free.rows) if other != ROWS[0]] == [
-            other for other in free.rows if other != ROWS[0]
-        ]
-    named = self_generated_rows(known, tokenizer, 12, terms=["ada"], **settings)
-    assert not any("Ada" in text for row in named.rows for text in row.values())
-    assert named.dropped["with a term to be forgotten"] >= 1
-    # Seven words: a gram of eight is never there, but the row as a whole is.
-    assert self_generated_rows(known, tokenizer, 12, [ROWS[0]], ngram=8, **settings) == self_generated_rows(
-        known, tokenizer, 12, [ROWS[0]], ngram=7, **settings
-    )
-
-
-def test_when_tries_run_out(plain):
-    """Would catch an endless loop where the model says nothing but what must be forgotten."""
-    model, tokenizer = plain
-    config = SamplingConfig(max_new_tokens=6)
-    for bad, message in (({"kind": "poem"}, "`kind` must be one of auto, question, text"), ({"ngram": 0}, "`ngram`")):
-        with pytest.raises(ValueError, match=message):
-            self_generated_rows(model, tokenizer, 2, **bad)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    with pytest.raises(ValueError, match="None of 6 texts .* can be retain text"):
-        forget = [{"text": text["text"]} for text in self_generated_rows(model, tokenizer, 30, config=config).rows]
-        words = {word for row in forget for word in row["text"].split()}
-        self_generated_rows(
-            model, tokenizer, 2, [{"text": w} for w in [*words, *letters]], ngram=1, config=config, max_tries=3
-        )
-
-
-def test_answers_that_were_cut_off_are_dropped(plain):
-    """Would catch half an answer that the model is then taught to end there."""
-    model, tokenizer = plain
-    short, long = (
-        self_generated_rows(
-            model, tokenizer, 30, kind="question", max_tries=1, config=SamplingConfig(max_new_tokens=num_tokens)
-        )
-        for num_tokens in (24, 80)
-    )
-    # The same numbers are drawn: what was not cut off at 24 tokens is the same with more.
-    assert short.rows and all(row in long.rows for row in short.rows)
-    assert len(short.rows) < len(long.rows) and len(short.rows) + short.dropped["empty or cut off"] == 30
 
 
 @pytest.mark.parametrize(

@@ -195,9 +195,15 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Those that decoded texts leave out: a chat's markers need not have a name of the tokenizer's, as `eos_token`."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
 def _as_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """The special token that a text is, if it is one: decoded texts have none in them."""
-    return tokenizer.convert_tokens_to_ids(text) if text in tokenizer.all_special_tokens else None
+    return tokenizer.convert_tokens_to_ids(text) if text in special_tokens(tokenizer) else None
 
 
 def _settings(tokenizer, ends: set[int], max_new_tokens: int, stop_strings: list[str]) -> GenerationConfig:

@@ -11,7 +11,18 @@ from transformers.utils import logging
 from ..batch import IGNORE_INDEX
 from ..engines import Engine
 from ..formats import encode, render
-from .drawing import ANSWER, QUESTION, TEXT, Sampled, SamplingConfig, open_ids, room_for, sample, words_of
+from .drawing import (
+    ANSWER,
+    QUESTION,
+    TEXT,
+    Sampled,
+    SamplingConfig,
+    open_ids,
+    room_for,
+    sample,
+    special_tokens,
+    words_of,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -137,7 +148,7 @@ class _Writer:
         before, stop, is_chat = self._frame()
         ids = open_ids(self.tokenizer, before, is_chat)
         said = self._sample([ids] * len(places), QUESTION, places, attempt, (stop,), "Questions of the model's own")
-        ends = (stop, "") if stop in self.tokenizer.all_special_tokens else (stop,)
+        ends = (stop, "") if stop in special_tokens(self.tokenizer) else (stop,)
         kept = [(place, text) for place, each in zip(places, said) if each.end in ends and (text := each.text.strip())]
         prompts = [_prompt_ids(self.tokenizer, self._row(question, "a"), self.prompt_template) for _, question in kept]
         answered = self._sample(prompts, ANSWER, [place for place, _ in kept], attempt, (), "Their answers")
@@ -163,7 +174,7 @@ class _Writer:
         example = render(self._row(_PLACE, "a"), self.tokenizer, self.prompt_template)
         before, _, after = example.prompt.partition(_PLACE)
         line = next(iter(after.strip().splitlines()), "")
-        special = [token for token in self.tokenizer.all_special_tokens if token in line]
+        special = [token for token in special_tokens(self.tokenizer) if token in line]
         first = min(special, key=line.index, default="")
         # Decoded texts have no special tokens in them: such a stop must be the token itself.
         stop = line.partition(first)[0].strip() or first if first else line
