@@ -4,6 +4,7 @@ Sweeps optimizers equally over the embedded corpus, and prints what each of them
     python recipes/benchmark.py sweep --output_dir outputs/sweep        # resumes; --shard 0/2 does every second run
     python recipes/benchmark.py table --output_dir outputs/sweep
     python recipes/benchmark.py eval --dataset DIR --model DIR          # the speed of evaluation: evaluation_speed.py
+    python recipes/benchmark.py memory                                  # of every forget loss: memory_benchmark.py
 
 Each optimizer gets 24 settings for each objective and seed, 60 steps of 8 forget and 8 retain rows with gradients
 clipped at 1, and starts from the same target. A run is a line of `runs-*.jsonl`.
@@ -14,6 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import memory_benchmark
 import numpy as np
 import torch
 from datasets import Dataset
@@ -111,7 +113,7 @@ def sweep(folder: Path, seeds: list[int], shard: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["sweep", "table", "eval"])
+    parser.add_argument("command", choices=["sweep", "table", "eval", "memory"])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--shard", default="0/1", help="This process's part of the runs: index/number.")
@@ -121,7 +123,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if arguments.command == "eval":
+    if arguments.command == "memory":
+        memory_benchmark.main(memory_benchmark.MemoryBenchmarkArguments())
+    elif arguments.command == "eval":
         compare(arguments.output_dir, arguments.dataset, arguments.forget_split, arguments.model)
     else:
         if arguments.command == "sweep":
