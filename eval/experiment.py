@@ -176,6 +176,8 @@ class Experiment:
         config.run_name = "-".join(filter(None, (config.run_name or self.task, optimizer, config.forget_loss)))
         if config.hub_model_id and len(self.optimizers) > 1:
             config.hub_model_id += f"-{optimizer}"
+        elif config.push_to_hub and not config.hub_model_id:
+            config.hub_model_id = config.run_name
         return config
 
     def run(self, task: UnlearningTask) -> list[Run]:

@@ -84,6 +84,8 @@ def test_optimizers_are_two_unless_one_is_named(tmp_path):
     assert parsed(tmp_path, "--config", str(chosen), "--optim", "adamw_torch").optimizers == {"adamw_torch": "AdamW"}
     write(tmp_path / "tofu" / "small" / "defaults.yaml", "optim: soul")
     assert parsed(tmp_path).optimizers == {"soul": "SOUL"}
+    # Without a name, the Trainer would call the repository "soul".
+    assert parsed(tmp_path, "--push_to_hub").settings("soul").hub_model_id == "tofu-soul-npo"
     folders = {parsed(tmp_path, "--output_dir", "x").settings(name).output_dir for name in ("soul", "adamw_torch")}
     assert folders == {"x/soul", "x/adamw_torch"}
 
