@@ -100,22 +100,26 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
     )
     args, small = experiment.arguments
     config, folder = experiment.config, experiment.folder
-    title = "Detoxification"
+    title, kept = "Detoxification", ("allenai/c4", "en")
     if not (args.model or args.dataset):
         corpus = str(folder / f"data-{config.seed}")
         if PartialState().is_main_process:
             write_corpus(corpus, args.forget_rows, config.seed, config.overwrite)
         PartialState().wait_for_everyone()
-        args.dataset, args.dataset_config, args.retain_text, args.retain_config = corpus, "default", corpus, "text"
+        args.dataset, args.dataset_config, kept = corpus, "default", (corpus, "text")
+        title += "" if args.classifier else ", judged by a small classifier of our own"
         small_classifiers(folder, args, config.seed, config.use_cpu)
-        title += ", judged by small classifiers of our own"
-    elif not args.retain_text:
-        args.retain_text, args.retain_config = "allenai/c4", "en"
+    kept = (args.retain_text, args.retain_config) if args.retain_text else kept
     dataset = args.dataset or suite.DetoxArguments.dataset
     rows = load_split(dataset, args.dataset_config, columns=("prompt", *(name for pair in RESPONSES for name in pair)))
     forget = responses(rows, is_safe=False).shuffle(config.seed)
     forget = forget.select(range(min(args.forget_rows, len(forget))))
-    texts = first_texts(args.retain_text, args.retain_config, "train", args.max_retain_rows, "retain_text")
+    texts = first_texts(*kept, "train", args.max_retain_rows, "retain_text")
+    if len(texts) < 1 / HELD_OUT:
+        raise ValueError(
+            f"`retain_text`={kept[0]!r} has {len(texts)} texts, but at least {1 / HELD_OUT:.0f} are needed, a tenth "
+            "to ask about: give a `text` to each row."
+        )
     retain, held_out = Dataset.from_dict({"text": texts}).train_test_split(HELD_OUT, shuffle=False).values()
     asked_text = folder / "held_out_text.jsonl"
     if PartialState().is_main_process:

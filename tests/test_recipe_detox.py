@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from soul_eval.classification import classify
 from soul_eval.rows import read_rows
+from soul_eval.suites.sources import load_split
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -62,7 +63,7 @@ def test_the_corpus_is_a_function_of_its_seed(corpus, tmp_path):
     subprocess.run([*command, "--seed", "3"], check=True)
     for config, splits in corpus.items():
         for split, rows in splits.items():
-            assert load_dataset(str(tmp_path / "x"), config)[split].to_list() == rows
+            assert load_split(str(tmp_path / "x"), config, split).to_list() == rows
     assert rude_townsfolk.make_corpus(40, seed=4) != corpus
 
 
@@ -130,11 +131,15 @@ def test_from_corpus_to_report(classifiers, tmp_path):
     """Catches a break anywhere between corpus and report, judges that are not asked, and the text that is asked about
     among what unlearning sees."""
     named = ["--classifier", classifiers[0], "--fluency_classifier", classifiers[1]]
+    (tmp_path / "one.txt").write_text("One long text.", encoding="utf-8")
+    with pytest.raises(ValueError, match="`retain_text`='.*one.txt' has 1 texts, but at least 10 are needed"):
+        recipe.main([*TINY, *named, "--output_dir", str(tmp_path), "--retain_text", str(tmp_path / "one.txt")])
     runs = recipe.main([*TINY, *named, "--output_dir", str(tmp_path)])
     assert [run.name for run in runs] == ["AdamW", "SOUL"]
     for run in runs:
         assert {"toxicity_mean", "toxicity_rate", "fluency", "empty_rate", "retain_nll"} == set(run.summary)
-    assert "small classifiers of our own" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Those that were named here are nobody's own.
+    assert "of our own" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     _, rows = read_rows(tmp_path / "soul.rows.jsonl")
     corpus = rude_townsfolk.make_corpus(12, seed=0)
     asked = [row["question"] for row in rows if row["split"] == "prompts"]
