@@ -13,7 +13,6 @@ and so of `TrainingArguments`, works; settings come from `recipes/configs/unlear
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -121,22 +120,13 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         **train,
         rows=own.unscored_rows(splits, tokenizer, asked),
         asked=vars(asked),
+        notes=[f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out],
     )
-    notes = [f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out]
-    return run(experiment, task, notes)
-
-
-def run(experiment: Experiment, task: UnlearningTask, notes: list[str]) -> list[Run]:
-    """Unlearns once, with SOUL where no optimizer is named: a removal request wants a model, not a comparison."""
-    if len(experiment.optimizers) > 1:
-        experiment.optimizers = {"soul": experiment.optimizers["soul"]}
-    ((optimizer, name),) = experiment.optimizers.items()
-    comparison, config = experiment.compare(task), experiment.settings(optimizer)
-    make_trainer = partial(experiment.make_trainer, task, config)
-    comparison.unlearn(name, config, make_trainer, experiment.arguments[0].evaluations)
-    comparison.write_report(task.title, notes)
-    PartialState().print(f"The model that has forgotten is in {config.output_dir}")
-    return comparison.runs
+    runs = experiment.run(task)
+    PartialState().print(
+        f"What has forgotten: {', '.join(str(folder / optimizer) for optimizer in experiment.optimizers)}"
+    )
+    return runs
 
 
 if __name__ == "__main__":
