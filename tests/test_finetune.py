@@ -12,6 +12,7 @@ from toys import tiny_llama, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soul_trainer.batch import IGNORE_INDEX
+from soul_trainer.collator import UnlearnCollator
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -19,6 +20,7 @@ sys.path.insert(0, str(RECIPES))
 
 import finetune  # noqa: E402
 import learnt_rows  # noqa: E402
+import training  # noqa: E402
 
 
 STORY = "the keeper lit the lamp and the sea was calm and the mule slept by the door of the old tower"
@@ -181,6 +183,42 @@ def test_adapters_end_in_a_whole_model(pretrained, tmp_path):
     assert changed == ["model.layers.0.self_attn.q_proj.weight"]
     assert torch.linalg.matrix_rank(moved[changed[0]], rtol=1e-3) == 1
     assert run("--dataset", rows, "--learning_rate", "5") != folder
+
+
+def test_training_goes_on_from_its_checkpoint(tokenizer, tmp_path):
+    """Catches a run that starts anew after it was stopped, and checkpoints that stay in the finished model."""
+    rows = learnt_rows.tokenized(Dataset.from_list(ROWS * 2), tokenizer, learnt_rows.ChunkArguments(), max_length=64)
+
+    seeds = [0]
+
+    def make_model():
+        return tiny_llama(seeds[-1], vocab_size=len(tokenizer), max_position_embeddings=64)
+
+    def run(name, collator=None, **settings):
+        args = finetune.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=1, max_steps=5, save_steps=2, use_cpu=True, **settings
+        )
+        return training.train_once(make_model, rows, tokenizer, tmp_path / name, args, [], collator=collator)
+
+    collate, seen = UnlearnCollator.for_tokenizer(tokenizer), []
+
+    def stopped(items):
+        seen.append(items)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return collate(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stopped)
+    (part,) = tmp_path.glob("stopped-*.part")
+    assert [path.name for path in part.glob("checkpoint-*")] == ["checkpoint-2"]
+
+    seeds.append(1)  # another start: what comes out all the same came from the checkpoint
+    folder = run("stopped", resume_from_checkpoint="True")
+    seeds.append(0)
+    whole = weights_of(run("whole"))
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights_of(folder).items())
+    assert not list(folder.glob("checkpoint-*")) and not part.exists()
 
 
 def test_settings_come_from_a_file_under_the_command_line(pretrained, tmp_path):
