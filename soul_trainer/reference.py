@@ -75,18 +75,11 @@ class Reference:
 
     @contextmanager
     def _weights_put_back(self) -> Iterator[None]:
-        self._swap()
+        self.engine.swap_weights(self.model, self.kept)
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        self.engine.forget_gathered(self.model)
-        for weight, kept in zip(self.engine.local_weights(self.model), self.kept):
-            now = weight.clone()
-            weight.copy_(kept)
-            kept.copy_(now)
+            self.engine.swap_weights(self.model, self.kept)
 
 
 def needs_model(objectives: Objectives, args: UnlearnConfig) -> bool:

@@ -85,7 +85,6 @@ class Job:
     layers: tuple = ("LlamaDecoderLayer",)
     resumes: bool = False
     is_asked: bool = False
-    is_evaluated: bool = False
 
     @property
     def settings(self) -> dict:
@@ -164,11 +163,9 @@ JOBS = {
     ),
     "cached": Job({"forget_loss": "undial", "retain_loss": "kl", "reference": "cached_topk", "reference_topk": 9}),
     "rmu": Job({"forget_loss": "rmu", "retain_loss": "activations", "rmu_layer": 0, "rmu_coefficient": 3.0}),
-    # Rows are evaluated one by one: the Trainer averages over batches, whatever their tokens.
     "negated": Job(
-        {**SAVING, "forget_loss": "task_vector", "retain_loss": "none", "per_device_eval_batch_size": 1},
+        {**SAVING, "forget_loss": "task_vector", "retain_loss": "none"},
         resumes=True,
-        is_evaluated=True,
     ),
     "sam": Job({**SHARPNESS_AWARE, "retain_loss": "kl", "gradient_accumulation_steps": 2}, micro_batch=2),
     "sam_lora": Job({**SHARPNESS_AWARE, **SAVING}, peft=lora, resumes=True),

@@ -80,6 +80,14 @@ class Watch(TrainerCallback):
         self.weights.append(whole(model, optimizer, self.engine, None))
 
 
+@torch.no_grad()
+def logits_of(trainer) -> torch.Tensor:
+    """What the model says of a row once training has ended, when a task vector is subtracted."""
+    ids = torch.arange(1, 9, device=trainer.args.device)[None]
+    trainer.model_wrapped.eval()
+    return trainer.model_wrapped(input_ids=ids, use_cache=False).logits.float().cpu()
+
+
 def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = False) -> dict:
     """One run; what it came to."""
     batch = {"per_device_train_batch_size": job.micro_batch // WORLD}
@@ -98,9 +106,6 @@ def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = 
     history = [
         {key: entry[key] for key in entry if isinstance(entry[key], float)} for entry in trainer.state.log_history
     ]
-    # A task vector is subtracted once training has ended.
-    evaluated = trainer.evaluate() if job.is_evaluated else {}
-    evaluated = {name: value for name, value in evaluated.items() if name.endswith("_loss")}
     result = {
         "weights": watch.weights,
         "hessian": whole(trainer.model, optimizer, engine, "hessian"),
@@ -111,7 +116,7 @@ def train(engine: str, job: Job, folder: Path, output_dir: Path, resume: bool = 
             callback.rows for callback in trainer.callback_handler.callbacks if isinstance(callback, EvalCallback)
         ],
         "steps": trainer.state.global_step,
-        "evaluated": evaluated,
+        "logits": logits_of(trainer),
     }
     _KEPT.append(trainer)
     return result

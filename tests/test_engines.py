@@ -63,7 +63,7 @@ def test_an_engine_follows_one_process(outcomes, engine, job):
     assert len(found["weights"]) == len(expected["weights"]) == 12
     limits = SAME_BF16 if JOBS[job].changes.get("bf16") else dict.fromkeys(SAME_BF16, SAME_SUMS)
     measured = differences(found, expected)
-    assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=SAME_SUMS)
+    assert (found["logits"] - expected["logits"]).norm() <= limits["weights"] * expected["logits"].norm()
     assert not {name: value for name, value in measured.items() if value > limits[name]}
     for entry, wanted in zip(found["history"], expected["history"], strict=True):
         for name in set(entry) - {"curvature/refresh_seconds", "loss"}:
@@ -115,7 +115,7 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_engine(outcomes, engi
     outcome = outcomes(engine)[job]
     resumed, whole = outcome["resumed"], outcome
     assert resumed["steps"] == whole["steps"] == 12 and len(resumed["weights"]) == 7
-    assert resumed["evaluated"] == whole["evaluated"]
+    assert resumed["logits"].equal(whole["logits"])
     for name, value in whole["hessian"].items():
         assert resumed["hessian"][name].equal(value), name
     for before, after in zip(whole["weights"][-7:], resumed["weights"], strict=True):
