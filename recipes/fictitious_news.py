@@ -56,9 +56,9 @@ def texts(articles: list[dict], rng: random.Random) -> list[dict]:
     """What is printed: the articles, and quizzes on them, in which each question comes last after two others."""
     found = [" ".join(article["sentences"]) for article in articles]
     pairs = [pair for article in articles for pair in article["pairs"]]
-    for _ in range(2):
-        rng.shuffle(pairs)
-        found += map(quiz, pairs, pairs[1:] + pairs[:1])
+    rng.shuffle(pairs)
+    for distance in (1, 2):
+        found += map(quiz, pairs, pairs[distance:] + pairs[:distance])
     return [{"text": text} for text in found]
 
 
