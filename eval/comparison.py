@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.engines import Engine
-from soul_trainer.records import EVALUATION_FILE, run_settings
+from soul_trainer.records import run_settings
 
 from . import report
 from .callback import EvalCallback
@@ -127,8 +127,7 @@ class Comparison:
             )
         self.runs.append(self._read(config, name))
         if PartialState().is_main_process:
-            for card in (EVALUATION_FILE, "README.md"):
-                report.add_to_model_card(folder / card, self._card_section(self.runs[-1]))
+            self._complete_card(self.runs[-1], folder)
         return self.runs[-1]
 
     def write_report(self, title: str, notes: str | Sequence[str] = ()) -> None:
@@ -142,9 +141,10 @@ class Comparison:
             f"\n{report.table(everyone)}\n\n{self.folder / 'report.html'} explains the figures and shows the curves."
         )
 
-    def _card_section(self, run: report.Run) -> str:
+    def _complete_card(self, run: report.Run, folder: Path) -> None:
         references = self.references_on(run.rows)
-        return report.model_card_section(run, references["target"], references.get("gold"))
+        section = report.model_card_section(run, references["target"], references.get("gold"))
+        report.add_to_model_card(folder / "README.md", section)
 
     def _reference_rows(self, role: str, model_name: str) -> list[dict]:
         path = self.folder / f"{role}.rows.jsonl"
@@ -181,8 +181,7 @@ class Comparison:
         args, rows_file = trainer.args, rows_file_of(trainer.args)
         is_tracked_already = _tracked_run() is not None
         if trainer.is_world_process_zero():
-            for stale in (rows_file, Path(args.output_dir, EVALUATION_FILE)):
-                stale.unlink(missing_ok=True)
+            rows_file.unlink(missing_ok=True)
         num_batches = args.num_train_epochs * len(trainer.get_train_dataloader())
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_on_start = IntervalStrategy.STEPS, True
@@ -197,6 +196,8 @@ class Comparison:
         if curve.step != trainer.state.global_step:
             trainer.evaluate()
         trainer.save_state()
+        # No upload yet: the card is not whole.
+        trainer.save_model(_internal_call=True)
         if trainer.is_world_process_zero():
             hashes = {"questions": identity["questions"]}
             if not trainer.engine.shards:
@@ -204,14 +205,13 @@ class Comparison:
             header = make_header(args.output_dir, identity, args.seed, self.suite.name, **hashes)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
             write_rows(rows_file, curve.rows, header)
-            section = self._card_section(self._read(args, self.suite.name))
-            report.add_to_model_card(Path(args.output_dir, EVALUATION_FILE), section)
-        # One upload, of the model with its whole card: `save_model` would push too, before there is one.
+        # A folder is no model that the hub knows, and it refuses a card that names one.
+        origin = None if Path(identity["target"]).is_dir() else identity["target"]
+        trainer.create_model_card(finetuned_from=origin)
+        if trainer.is_world_process_zero():
+            self._complete_card(self._read(args, self.suite.name), Path(args.output_dir))
         if args.push_to_hub:
-            trainer.push_to_hub(finetuned_from=identity["target"])
-        else:
-            trainer.save_model()
-            trainer.create_model_card(finetuned_from=identity["target"])
+            trainer.push_to_hub()  # its card keeps what is in this one
         trainer.accelerator.wait_for_everyone()
         # Other trackers end their run by themselves. In this one's, the next model would go on.
         if not is_tracked_already and _tracked_run() is not None:

@@ -19,8 +19,6 @@ RUN_FILE = "unlearning.json"
 _TAGS = ("machine-unlearning", "soul-trainer")
 # In a model card, what follows was written after training, and stays.
 _SECTION_END = "<!-- soul-trainer: end -->"
-# An evaluation leaves it for every card that the Trainer writes; pushes to the hub skip names that begin so.
-EVALUATION_FILE = "_evaluation.md"
 
 # The settings of TrainingArguments that decide what a run learns; the others say how it is run.
 _TRAINING_SETTINGS = (

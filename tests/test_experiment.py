@@ -292,7 +292,7 @@ def test_each_model_has_a_run_of_weights_and_biases_unless_the_user_opened_one(t
 def test_the_hub_gets_the_model_with_its_whole_card_and_none_of_the_rows(tmp_path, monkeypatch):
     """
     Would catch a card that is pushed before the evaluation is in it, a model that is pushed twice, two models in one
-    repository, and rows to forget that are published.
+    repository, a base model that is a folder, which the hub refuses, and rows to forget that are published.
     """
     pushed: dict[str, dict[str, bytes]] = {}
 
@@ -315,6 +315,7 @@ def test_the_hub_gets_the_model_with_its_whole_card_and_none_of_the_rows(tmp_pat
         for part in ("## Unlearning", "`forget_loss`", "## Evaluation of unlearning", "gold model"):
             assert card.count(part) >= 1, part
         assert card.count("## Evaluation of unlearning") == 1
+        assert huggingface_hub.ModelCard(card).data.base_model is None
         assert card == (tmp_path / "out" / repository.split("-", 1)[1] / "README.md").read_text(encoding="utf-8")
         assert torch.equal(
             load_file(tmp_path / "out" / repository.split("-", 1)[1] / "model.safetensors")["lm_head.weight"],
