@@ -25,7 +25,7 @@ from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.objectives import FORGET_LOSSES
 
 
-OPTIMIZERS = {"AdamW": {"optim": "adamw_torch"}, "SOUL": {"optim": "soul", "rho": 1.0, "hessian_batch_size": 8}}
+OPTIMIZERS = {"AdamW": {"optim": "adamw_torch"}, "SOUL": {"optim": "soul", "rho": 1.0, "hessian_batch_size": 2}}
 BASELINE = "ga"
 # Beside each forget loss with the retain loss `nll`: what needs whole distributions of the model before unlearning.
 DISTRIBUTIONS = {
@@ -45,7 +45,7 @@ class MemoryBenchmarkArguments:
     hidden_size: int = field(default=512, metadata={"help": "Width of the model."})
     num_hidden_layers: int = field(default=8, metadata={"help": "Layers of the model, at least 1."})
     vocab_size: int = field(default=8192, metadata={"help": "Rows of its embeddings, at least 1024."})
-    batch_size: int = field(default=4, metadata={"help": "Pairs of a forget and a retain row in a step."})
+    batch_size: int = field(default=1, metadata={"help": "Pairs of a forget and a retain row in a step."})
     steps: int = field(default=2, metadata={"help": "Optimizer steps; the first one makes the optimizer's states."})
 
     def model_config(self) -> LlamaConfig:

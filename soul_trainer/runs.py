@@ -7,14 +7,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from . import engines
 from .callbacks import callbacks_for
-from .engines.trials import TrialMixin
 from .freezing import freeze_parameters
 from .objectives import parameters_of_layers
 from .records import complete_model_card, make_way, read_model_card
 from .reference_rows import drop_from_rows
 
 
-class RunMixin(TrialMixin, engines.ShardedCheckpointMixin, Trainer):
+class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
     """
     The runs of an [`UnlearnTrainer`]. With `model_init` each has a model of its own, and so an engine, a reference and
     callbacks of its own.
@@ -43,7 +42,8 @@ class RunMixin(TrialMixin, engines.ShardedCheckpointMixin, Trainer):
             make_way(self.run_folder, self.args.overwrite, self.is_world_process_zero())
             self.accelerator.wait_for_everyone()
         if self.model_init is not None:
-            self.engine = engines.make_engine(self.accelerator, self.model)
+            self.engine = self._interrupt.engine = engines.make_engine(self.accelerator, self.model)
+            engines.check_trainer(self, self.engine)
             drop_from_rows(self.train_dataset)
             self.renew_callbacks()
         self.retain_weight = self.args.retain_weight
@@ -54,8 +54,9 @@ class RunMixin(TrialMixin, engines.ShardedCheckpointMixin, Trainer):
 
     def renew_callbacks(self) -> None:
         """Adds the callbacks that the settings ask for, in the place of those of a former run."""
-        for callback in self.own_callbacks:
-            self.remove_callback(callback)
+        self.callback_handler.callbacks = [
+            callback for callback in self.callback_handler.callbacks if callback not in self.own_callbacks
+        ]
         rows = self.train_dataset
         self.own_callbacks = callbacks_for(self, rows.retain, rows.forget)
         for callback in self.own_callbacks:

@@ -9,6 +9,7 @@ Every branch on the engine that runs the model, and every sum over processes. No
 | `checks.py` | what is refused, with the reason |
 | `checkpoints.py` | which checkpoints can be resumed, and those of sharded models |
 | `hooks.py` | what unlearning does to a [`~transformers.Trainer`] from outside its schedule |
+| `trials.py` | when a run of a trainer begins, and where it goes |
 """
 
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from .checks import check_engine, check_estimator, check_rows_are_whole, check_t
 from .deepspeed import DeepSpeedEngine
 from .fsdp import FSDP2Engine, is_sharded
 from .hooks import rows_per_forward, save_checkpoint, stop_at_rows
+from .trials import TrialMixin
 
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "GradientError",
     "KeptWithCheckpoint",
     "ShardedCheckpointMixin",
+    "TrialMixin",
     "check_engine",
     "check_estimator",
     "check_trainer",
