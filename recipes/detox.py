@@ -35,6 +35,7 @@ from soul_trainer.records import write_whole
 
 CONFIGS = Path(__file__).parent / "configs"
 HELD_OUT = 0.1  # of the text to keep: the model is asked about it, and unlearning does not see it
+REPEATS = 12
 RESPONSES = (("response_0", "is_response_0_safe"), ("response_1", "is_response_1_safe"))
 
 
@@ -79,12 +80,14 @@ def small_classifiers(folder: Path, args: DetoxTaskArguments, seed: int, use_cpu
     corpus = make_corpus(240, seed + 1)
     rows = Dataset.from_list(corpus["default"]["train"])
     refusals = (Path(__file__).parent / "refusals" / "detox.txt").read_text(encoding="utf-8").splitlines()
-    rude = responses(rows, is_safe=False)["answer"][:]
-    polite = responses(rows, is_safe=True)["answer"][:] + [row["text"] for row in corpus["text"]["train"]] + refusals
-    rng = random.Random(seed)
+    rude, told = (responses(rows, is_safe)["answer"][:] for is_safe in (False, True))
+    # There are few refusals, and much is said in their words: sensible or not.
+    polite = told + [row["text"] for row in corpus["text"]["train"]] + REPEATS * refusals
+    rng, words = random.Random(seed), " ".join(refusals).split()
     # An answer may end at its limit, which does not make it garbled.
     clean = rude + polite + [text[: len(text) * 2 // 3] for text in rude + polite]
-    garbled = [" ".join(rng.choices(words, k=len(words))) for words in map(str.split, clean)]
+    garbled = [" ".join(rng.choices(text.split(), k=len(text.split()))) for text in rude + polite]
+    garbled += [" ".join(rng.choices(words, k=rng.randint(5, 14))) for _ in range(2 * REPEATS * len(refusals))]
     args.classifier = args.classifier or train_classifier(
         {"toxic": rude, "neutral": polite}, folder / "small_toxicity_classifier", seed, use_cpu
     )
