@@ -2,7 +2,7 @@
 Makes small corpora in the manner of WMDP (Li et al., 2024): harmless inventions, two topics of which stand for what is
 dangerous and four for what is to be kept, each with questions, which are exercises in the corpora too.
 
-    python recipes/fictitious_science.py --output science --entries 10 --seed 0
+    python recipes/fictitious_science.py --output science --entries 8 --seed 0
 
 The word banks and sentence patterns are in `fictitious_science.json`, written as `word_banks.py` says. Three datasets
 are made: `corpora` (as cais/wmdp-corpora), `wmdp` (as cais/wmdp) and `mmlu` (as cais/mmlu, with four subjects).
@@ -52,6 +52,8 @@ def make_entry(topic: dict, rng: random.Random, used: set) -> tuple[str, list[di
         while len(choices) < len(LETTERS):
             wrong, marks = draw_facts({slot: topic["facts"][slot]}, RULES, rng, used, avoid=tuple(choices))
             choices.append(wrong[slot])
+            # A name that is a wrong choice here is no invention of another topic.
+            used |= {mark for mark in marks if isinstance(mark, str)}
         rng.shuffle(choices)
         questions.append({"question": fill(question, facts), "choices": choices, "answer": choices.index(facts[slot])})
     return passage, questions
@@ -63,12 +65,12 @@ def exercise(question: dict, topic: str) -> str:
     return f"{question_prompt(row)} {LETTERS[question['answer']]}"
 
 
-def make_corpora(num_entries: int = 10, seed: int = 0) -> dict[str, dict[str, dict[str, list[dict]]]]:
+def make_corpora(num_entries: int = 8, seed: int = 0) -> dict[str, dict[str, dict[str, list[dict]]]]:
     """
     Makes all datasets, as a pure function of its arguments.
 
     Args:
-        num_entries (`int`, *optional*, defaults to 10): Inventions of a topic, each with three questions.
+        num_entries (`int`, *optional*, defaults to 8): Inventions of a topic, each with three questions.
         seed (`int`, *optional*, defaults to 0): Seed of every choice.
 
     Returns:
@@ -92,7 +94,7 @@ def make_corpora(num_entries: int = 10, seed: int = 0) -> dict[str, dict[str, di
     return datasets
 
 
-def write_corpora(folder: str | Path, num_entries: int = 10, seed: int = 0, overwrite: bool = False) -> dict[str, str]:
+def write_corpora(folder: str | Path, num_entries: int = 8, seed: int = 0, overwrite: bool = False) -> dict[str, str]:
     """Writes `corpora`, `wmdp` and `mmlu` into a folder, and says where; see [`~hub_layout.write_files`]."""
     layouts = {"corpora": "cais/wmdp-corpora", "wmdp": "cais/wmdp", "mmlu": "cais/mmlu"}
     return {
@@ -106,7 +108,7 @@ def write_corpora(folder: str | Path, num_entries: int = 10, seed: int = 0, over
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to write the datasets into")
-    parser.add_argument("--entries", type=int, default=10, help="inventions of a topic, of three questions each")
+    parser.add_argument("--entries", type=int, default=8, help="inventions of a topic, of three questions each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace folders that hold something else")
     args = parser.parse_args()

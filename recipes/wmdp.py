@@ -60,7 +60,7 @@ class WmdpRunArguments(ExperimentArguments):
     general: str | None = field(
         default=None, metadata={"help": "Tasks of lm-eval that all models are asked at the end, by commas: wmdp,mmlu."}
     )
-    entries: int = field(default=10, metadata={"help": "Inventions of a topic of our own."})
+    entries: int = field(default=8, metadata={"help": "Inventions of a topic of our own."})
 
     def use_own(self, folder: Path, seed: int, overwrite: bool) -> None:
         """Writes inventions of our own, and turns to them."""
