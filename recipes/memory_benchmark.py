@@ -18,7 +18,14 @@ from datasets import Dataset
 from fictitious_authors import make_corpus
 from memory_plan import MIB, allocated_peak
 from neutral_tokenizer import train_tokenizer, training_text
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
@@ -93,7 +100,9 @@ def training_peak(
             args = UnlearnConfig(
                 output_dir=folder, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, **settings
             )
-            UnlearnTrainer(LlamaForCausalLM(config), args, rows["forget"], rows["retain"], tokenizer).train()
+            trainer = UnlearnTrainer(LlamaForCausalLM(config), args, rows["forget"], rows["retain"], tokenizer)
+            trainer.pop_callback(PrinterCallback)
+            trainer.train()
 
     gc.collect()  # what a former training left in circles would be freed in this one, and taken off its peak
     if not torch.cuda.is_available() or settings.get("use_cpu"):
@@ -130,7 +139,7 @@ def main(args: MemoryBenchmarkArguments) -> None:
     logging.set_verbosity_error()
     with torch.device("meta"):
         num_parameters = LlamaForCausalLM(args.model_config()).num_parameters()
-    print(f"{num_parameters / 1e6:.1f}M parameters in float32, {args.batch_size} pairs of rows a step")
+    print(f"{num_parameters / 1e6:.1f}M parameters in float32; pairs of rows in a step: {args.batch_size}")
     head, *lines = compare_memory(args)
     print("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *lines)))
 

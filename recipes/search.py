@@ -15,7 +15,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import optuna
 import yaml
 from accelerate import PartialState
 from small_llama import SmallModelArguments
@@ -24,12 +23,14 @@ from tofu import CONFIGS, TofuArguments, load_rows, make_task
 from soul_eval.callback import EvalCallback
 from soul_eval.comparison import Comparison
 from soul_eval.experiment import Experiment, UnlearningTask
+from soul_eval.extras import require
 from soul_eval.search import ForgetQualitySubjectToUtility, hp_space
 from soul_trainer import UnlearnConfig
 from soul_trainer.config import SOPHIA_NAMES
 from soul_trainer.records import run_settings, write_whole
 
 
+optuna = require("optuna", extra="search")
 FIGURES = ("forget_quality", "model_utility")
 
 
@@ -76,14 +77,14 @@ def find_study(config: UnlearnConfig, identity: list) -> dict:
     return {"study_name": name, "storage": storage, "load_if_exists": True, "direction": "maximize"}
 
 
-def search(experiment: Experiment, task: UnlearningTask, comparison: Comparison, optimizer: str) -> optuna.Study:
+def search(experiment: Experiment, task: UnlearningTask, comparison: Comparison, optimizer: str) -> "optuna.Study":
     """Makes the trials of an optimizer that are not made yet; each keeps its figures beside its settings."""
     args, config, prefix = experiment.arguments[0], experiment.settings(optimizer), f"eval_{task.suite}_"
     utility = comparison.references["target"].value("model_utility")
     objective = ForgetQualitySubjectToUtility.of_target({f"{prefix}model_utility": utility}, args.share_of_target)
     ranges, trials = args.ranges(optimizer), []
 
-    def draw(trial: optuna.Trial) -> dict:
+    def draw(trial: "optuna.Trial") -> dict:
         trials.append(trial)
         return hp_space(**ranges)(trial)
 
@@ -112,7 +113,7 @@ def search(experiment: Experiment, task: UnlearningTask, comparison: Comparison,
     return study
 
 
-def write_best(study: optuna.Study, optimizer: str, config: UnlearnConfig) -> None:
+def write_best(study: "optuna.Study", optimizer: str, config: UnlearnConfig) -> None:
     """Prints the trials, the best first, and writes its settings."""
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
     done.sort(key=lambda trial: trial.value, reverse=True)
