@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 
 from datasets import Dataset
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from neutral_tokenizer import EOS_TOKEN, train_tokenizer
+from tokenizers import processors
 from training import train_once
 from transformers import (
     BertConfig,
@@ -19,8 +20,7 @@ from soul_eval.classification import classify
 from soul_trainer.records import write_whole
 
 
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-MAX_LENGTH, EPOCHS, HELD_OUT = 64, 6, 0.1
+VOCABULARY, MAX_LENGTH, EPOCHS, HELD_OUT = 700, 96, 6, 0.1
 
 
 def train_classifier(texts: dict[str, list[str]], folder: Path, seed: int = 0, use_cpu: bool = False) -> str:
@@ -42,10 +42,10 @@ def train_classifier(texts: dict[str, list[str]], folder: Path, seed: int = 0, u
     random.Random(seed).shuffle(rows)
     held_out = sorted(set(rows))
     random.Random(seed).shuffle(held_out)
-    held_out = held_out[: int(HELD_OUT * len(held_out))]
+    held_out = held_out[: max(1, int(HELD_OUT * len(held_out)))]
     unseen = set(held_out)
     learnt = [row for row in rows if row not in unseen]
-    tokenizer = _word_pieces([text for text, _ in learnt])
+    tokenizer = _opened(train_tokenizer([text for text, _ in learnt], VOCABULARY))
     encoded = tokenizer([text for text, _ in learnt], truncation=True, return_token_type_ids=False)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -94,15 +94,10 @@ def _write_card(folder: Path, labels: list[str], held_out: list[tuple[str, str]]
     )
 
 
-def _word_pieces(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = list(SPECIAL.values())
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+def _opened(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With a token before every text, from which BERT tells its label."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{EOS_TOKEN} $A", special_tokens=[(EOS_TOKEN, tokenizer.eos_token_id)]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **SPECIAL)
+    tokenizer.model_max_length = MAX_LENGTH
+    return tokenizer

@@ -127,6 +127,16 @@ def test_classifiers_tell_texts_that_they_never_saw(classifiers, corpus):
     assert 90 < float(share[1]) <= 100 and int(share[2]) > 40 and "of no use beyond it" in card
 
 
+def test_a_classifier_is_found_again_by_another_process(tmp_path):
+    """Catches a tokenizer whose ties follow the order of a set: another process would train and judge anew."""
+    texts = {"toxic": ["you soggy turnip", "what a mop"] * 9, "neutral": ["a kind baker", "good bread here"] * 9}
+    folder = small_classifier.train_classifier(texts, tmp_path / "x", use_cpu=True)
+    code = f"import small_classifier as s; from pathlib import Path; print(s.train_classifier({texts!r}, "
+    code += f"Path({str(tmp_path / 'x')!r}), use_cpu=True))"
+    again = subprocess.run([sys.executable, "-c", code], cwd=RECIPES, capture_output=True, text=True, check=True)
+    assert again.stdout.split()[-1] == folder and len(list(tmp_path.glob("x-*"))) == 1
+
+
 def test_from_corpus_to_report(classifiers, tmp_path):
     """Catches a break anywhere between corpus and report, judges that are not asked, and the text that is asked about
     among what unlearning sees."""
