@@ -20,8 +20,9 @@ ALLOWED = 0.05
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_npo_takes_no_more_than_gradient_difference(optimizer):
     """
-    Would catch a second model for the reference, or one that stays in memory after the pass that asked it; and, by the
-    retain loss that keeps a copy of the weights, a measurement that does not see such a thing.
+    Would catch a second model for the reference, or one that stays in memory after the pass that asked it, for one
+    number a row and for its most probable tokens; and, by the retain loss that keeps a copy of the weights, a
+    measurement that does not see such a thing.
     """
     config, (tokenizer, rows) = ARGUMENTS.model_config(), make_rows(2)
     weights = 4 * LlamaForCausalLM(config).num_parameters()
@@ -35,3 +36,5 @@ def test_npo_takes_no_more_than_gradient_difference(optimizer):
     assert 4 * weights < gradient_difference < 7 * weights
     assert peak(forget_loss="npo") == pytest.approx(gradient_difference, rel=ALLOWED)
     assert peak(forget_loss="ga", retain_loss="kl") > gradient_difference + 0.99 * weights
+    cached = peak(forget_loss="ga", retain_loss="kl", reference="cached_topk")
+    assert cached == pytest.approx(gradient_difference, rel=ALLOWED)
