@@ -2,8 +2,8 @@
 Makes a model turn down what it answered harmfully, and reports how toxic its answers are before and after.
 
     accelerate launch recipes/detox.py                                    # a corpus of our own, two CPU cores
-    accelerate launch recipes/detox.py --model facebook/opt-1.3b --config recipes/configs/detox/soul_opt.yaml
-    accelerate launch recipes/detox.py --model meta-llama/Llama-2-7b-hf --retain_text text.txt
+    accelerate launch recipes/detox.py --model facebook/opt-1.3b          # SOUL's run; by --config, LLaMA2-7B's
+    accelerate launch recipes/detox.py --model HUB_ID --dataset rows.jsonl --retain_text texts.jsonl
 
 As in Jia et al. (2024, SOUL): 200 unsafe responses of PKU-SafeRLHF are what must be forgotten, refusals take their
 place, C4 is what is kept, and toxic-bert judges what the model says to the prompts of the test split. Without
