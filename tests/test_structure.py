@@ -1,6 +1,7 @@
 """The walls of the house: which file may import which, and how long files and functions may grow."""
 
 import ast
+import configparser
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_transformers_internals_are_touched_in_two_files():
                 is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 is_known = is_own or node.attr in public or node.attr.startswith("_foreach")
                 assert is_known, f"{name_of(path)}, line {node.lineno}: {node.attr}"
+
+
+def test_every_package_is_installed():
+    """Would catch a folder of code that an editable install finds and a wheel leaves out."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    found = {
+        ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
+        for package, folder in PACKAGES.items()
+        if package != "recipes"
+        for path in sources(folder)
+    }
+    assert listed == found
 
 
 def test_files_and_functions_stay_short():
