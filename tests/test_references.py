@@ -1,6 +1,10 @@
 """What losses need of the model before unlearning, in whole runs: kept with rows, on disk, or as a model put back."""
 
+import gc
 import math
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +15,14 @@ from toys import ToyLM, toy_batch, toy_rows
 from soul_trainer import UnlearnTrainer
 from soul_trainer.divergences import TopTokens, WholeVocabulary, token_cross_entropy, token_distillation, token_kl
 from soul_trainer.log_probs import shift_labels
+from soul_trainer.reference import forward_halves
 from soul_trainer.reference_rows import top_tokens
 from soul_trainer.weighting import dual_step
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from reference_error import errors
 
 
 # Float32 sums of a few hundred terms in another order.
@@ -60,11 +70,16 @@ def test_preferred_answers_come_with_their_own_reference(tmp_path, forget_loss, 
         assert drawn == set(ALTERNATES)
 
 
-def test_max_steps_prefer_no_answer_without_a_reference(tmp_path):
-    """Would catch references for the epochs of `num_train_epochs` alone, where `max_steps` goes on for more."""
-    trainer = make_trainer(tmp_path, forget_loss="dpo", max_steps=7, num_train_epochs=1)
+@pytest.mark.parametrize(
+    ("settings", "num_epochs"),
+    [({}, 4), ({"per_device_train_batch_size": 5, "dataloader_drop_last": True}, 7)],
+    ids=["whole epochs", "epochs that are cut short"],
+)
+def test_max_steps_prefer_no_answer_without_a_reference(tmp_path, settings, num_epochs):
+    """Would catch references for the epochs of `num_train_epochs` alone, or of whole ones, where steps need more."""
+    trainer = make_trainer(tmp_path, forget_loss="dpo", max_steps=7, num_train_epochs=1, **settings)
     trainer.train()
-    assert trainer.state.global_step == 7 and trainer.state.epoch > 3
+    assert trainer.state.global_step == 7 and math.ceil(trainer.state.epoch) == num_epochs
 
 
 def test_alternate_answers_are_asked_for_by_name(tmp_path):
@@ -124,7 +139,10 @@ METHODS = [("undial", "kl"), ("kl", "nll")]
 
 @pytest.mark.parametrize(("forget_loss", "retain_loss"), METHODS)
 def test_all_tokens_kept_on_disk_are_the_model_put_back(tmp_path, forget_loss, retain_loss):
-    """Would catch distributions of other rows or positions, of a model in training mode, or rounded on their way."""
+    """
+    Would catch distributions of other rows or positions, of a model in training mode, or rounded on their way; and
+    rows to forget that stay on disk, once more with each run.
+    """
     losses = {}
     for reference, settings in (("auto", {}), ("cached_topk", {"reference_topk": 10_000})):
         trainer = make_trainer(
@@ -133,7 +151,11 @@ def test_all_tokens_kept_on_disk_are_the_model_put_back(tmp_path, forget_loss, r
         trainer.train()
         losses[reference] = logged(trainer, "loss"), weights(trainer.model)
         assert (trainer.reference is None) == (reference == "cached_topk")
-    assert list((tmp_path / "cached_topk" / "_reference").glob("*.arrow"))
+        files = list((tmp_path / reference).glob("_reference-*/rows.arrow"))
+        assert len(files) == (reference == "cached_topk") * (2 if retain_loss == "kl" else 1)
+        del trainer
+        gc.collect()
+        assert not list((tmp_path / reference).glob("_*")), "what is to be forgotten stays on disk"
     assert losses["cached_topk"][0] == pytest.approx(losses["auto"][0], rel=1e-4)
     assert largest_difference(losses["auto"][1], losses["cached_topk"][1]) < 1e-3  # Sophia's steps are of 1e-2
 
@@ -304,9 +326,35 @@ def test_the_task_vector_of_an_adapter_is_the_product_of_its_matrices(tmp_path):
             torch.testing.assert_close(product, wanted)
             assert wanted.abs().max() > 0
     with pytest.raises(ValueError, match="negates the product of a LoRA adapter's matrices"):
-        make_trainer(
-            tmp_path, forget_loss="task_vector", peft_config=LoraConfig(r=2, use_dora=True, task_type="CAUSAL_LM")
-        )
+        dora = LoraConfig(r=2, use_dora=True, task_type="CAUSAL_LM")
+        make_trainer(tmp_path, forget_loss="task_vector", retain_loss="none", peft_config=dora)
+
+
+def test_a_task_vector_of_the_retain_rows_is_refused(tmp_path):
+    """Would catch rows to retain that are learnt beside those to forget, and so forgotten with them."""
+    with pytest.raises(ValueError, match="`retain_loss='nll'` would learn the rows to retain: choose none"):
+        make_trainer(tmp_path, forget_loss="task_vector")
+    make_trainer(tmp_path, forget_loss="task_vector", retain_loss="kl")
+
+
+def test_the_reference_keeps_no_layers_that_nobody_asks_for(tmp_path):
+    """Would catch every layer's output before unlearning, and the logits, in memory beside the training forward."""
+    trainer = make_trainer(tmp_path, forget_loss="rmu", retain_loss="activations", rmu_layer=0, optim="adamw_torch")
+    trainer.train()
+    alive, outputs = [], trainer.reference.outputs
+
+    def watched(*args, **kwargs):
+        found = outputs(*args, **kwargs)
+        alive.extend(weakref.ref(each) for each in (found, found.logits))
+        return found
+
+    trainer.reference.outputs = watched
+    trainer.model.register_forward_pre_hook(lambda *_: gone.append([each() is None for each in alive]))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    gone: list = []
+    halves, _ = forward_halves(trainer.model, batch, trainer.objectives, trainer.args, trainer.reference)
+    assert gone[-1] == [True, True]
+    assert halves[1].reference is None and halves[1].reference_hidden_states is not None
 
 
 def test_the_dual_variable_follows_the_retain_loss_and_survives_a_resume(tmp_path):
@@ -336,3 +384,16 @@ def test_the_dual_variable_follows_the_retain_loss_and_survives_a_resume(tmp_pat
     resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
     assert largest_difference(weights(trainer.model), weights(resumed.model)) == 0
     assert logged(resumed, "retain_weight") == logged(trainer, "retain_weight")
+
+
+def test_the_measured_error_of_kept_tokens_is_that_of_the_formulas():
+    """Would catch a table that compares a reference with itself, or counts positions that are no answers."""
+    logits, reference, targets = toy_inputs()
+    found = errors(logits, reference, targets, 3)
+    is_answer = targets >= 0
+    whole = token_kl(logits, WholeVocabulary(reference), targets)[is_answer]
+    merged = token_kl(logits, kept(reference, targets, 3), targets)[is_answer]
+    assert found["KL"] == pytest.approx(float(whole.mean()), rel=1e-5)
+    assert found["KL error"] == pytest.approx(float((merged - whole).mean()), rel=1e-4) and found["KL error"] < 0
+    assert 0 < found["KL gradient error"] < 1 and 0 < found["kept"] < 1
+    assert abs(errors(logits, reference, targets, 7)["UNDIAL gradient error"]) < 1e-5
