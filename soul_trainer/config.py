@@ -187,6 +187,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SophiaArguments, Training
             raise ValueError("`label_smoothing_factor` has no meaning for unlearning objectives: leave it at 0.")
         if self.forget_loss == "none" and self.retain_loss == "none":
             raise ValueError("`forget_loss` and `retain_loss` are both 'none': there is nothing to train on.")
+        if self.forget_loss == "task_vector" and self.retain_loss == "nll":
+            raise ValueError(
+                "`forget_loss='task_vector'` takes back all that is learnt, and `retain_loss='nll'` would learn the "
+                "rows to retain: choose none, or kl or activations, which hold them where they are."
+            )
         if self.retain_weight_schedule == "primal_dual" and self.retain_loss == "none":
             raise ValueError(
                 "`retain_weight_schedule='primal_dual'` weighs a retain loss, and `retain_loss` is 'none'."

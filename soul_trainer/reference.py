@@ -109,18 +109,20 @@ def forward_halves(
         `tuple`: The forget and the retain half, and the model's outputs.
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    before = None
-    needs_logits, needs_layer = (objectives.any(f"needs_reference{what}") for what in ("", "_hidden_states"))
-    if reference is not None and (needs_layer or (needs_logits and args.reference == "auto")):
-        before = reference.outputs(inputs, hidden_states=needs_layer)
-    outputs = model(**inputs, use_cache=False, output_hidden_states=objectives.any("needs_hidden_states"))
+    needs_logits = objectives.any("needs_reference") and args.reference == "auto"
+    needs_layer = objectives.any("needs_reference_hidden_states")
 
-    def layer_of(found: CausalLMOutputWithPast | None) -> Tensor | None:
+    def layer_of(found: CausalLMOutputWithPast) -> Tensor | None:
         states = getattr(found, "hidden_states", None)
         return None if states is None else states[args.rmu_layer + 1]
 
-    reference_logits = before.logits if before is not None and args.reference == "auto" else None
-    return split(batch, outputs.logits, layer_of(outputs), reference_logits, layer_of(before)), outputs
+    reference_logits = reference_layer = None
+    if reference is not None and (needs_logits or needs_layer):
+        before = reference.outputs(inputs, hidden_states=needs_layer)
+        reference_logits, reference_layer = before.logits if needs_logits else None, layer_of(before)
+        del before  # all other layers, for which there may be no room beside those of the model in training
+    outputs = model(**inputs, use_cache=False, output_hidden_states=objectives.any("needs_hidden_states"))
+    return split(batch, outputs.logits, layer_of(outputs), reference_logits, reference_layer), outputs
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 import math
 import secrets
+import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 from datasets import Dataset, Features, List, Value
@@ -89,13 +92,11 @@ def keep_with_rows(rows: PairedDataset, objectives: Objectives, args: UnlearnCon
             rows.preferred_log_prob = dict(zip(preferred, answer_log_probs(list(preferred.values()), forward)))
     if args.reference != "cached_topk":
         return
-    # The underscore keeps the folder off the hub.
-    folder = Path(args.output_dir) / "_reference"
     for half, objective in objectives._asdict().items():
         dataset = getattr(rows, half)
         if objective is None or not objective.needs_reference or "reference_ids" in dataset.column_names:
             continue
-        dataset, mass = add_top_tokens(dataset, args.reference_topk, folder, forward)
+        dataset, mass = add_top_tokens(dataset, args.reference_topk, Path(args.output_dir), forward)
         setattr(rows, half, dataset)
         if args.should_log:
             logger.warning(
@@ -115,8 +116,11 @@ def drop_from_rows(rows: PairedDataset) -> None:
 
 def _num_epochs(args: UnlearnConfig, num_rows: int) -> int:
     """Epochs that a run begins, at most."""
-    pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.max_steps * pairs_per_step / num_rows + 1 if args.max_steps > 0 else args.num_train_epochs)
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    pairs_per_batch = args.train_batch_size * args.world_size
+    num_batches = num_rows // pairs_per_batch if args.dataloader_drop_last else math.ceil(num_rows / pairs_per_batch)
+    return math.ceil(args.max_steps / max(1, math.ceil(num_batches / args.gradient_accumulation_steps)))
 
 
 def answer_log_probs(rows: Sequence[dict], forward: RowForward) -> list[float]:
@@ -131,12 +135,13 @@ def answer_log_probs(rows: Sequence[dict], forward: RowForward) -> list[float]:
 def add_top_tokens(dataset: Dataset, num_tokens: int, folder: Path, forward: RowForward) -> tuple[Dataset, float]:
     """
     Adds the columns `reference_ids` and `reference_log_probs` of [`~divergences.TopTokens`], for each answer token.
-    They are written to disk as they are computed, 8 bytes a kept token, and read from there.
+    They are written to disk as they are computed, 8 bytes a kept token, and read from there. The files hold what is to
+    be forgotten, so they go with the dataset, or at the end of the program.
 
     Args:
         dataset ([`~datasets.Dataset`]): From [`~formats.prepare`].
         num_tokens (`int`): Tokens that are kept at each position.
-        folder (`Path`): Where each process writes a file of its own.
+        folder (`Path`): Where each process makes a folder `_reference-...` of its own.
         forward ([`RowForward`]): Of the model before the first step.
 
     Returns:
@@ -157,15 +162,17 @@ def add_top_tokens(dataset: Dataset, num_tokens: int, folder: Path, forward: Row
         return {"reference_ids": list(ids), "reference_log_probs": list(log_probs)}
 
     folder.mkdir(parents=True, exist_ok=True)
+    own_folder = mkdtemp(prefix="_reference-", dir=folder)  # the underscore keeps it off the hub
     added = dataset.map(
         add,
         batched=True,
         batch_size=forward.batch_size * forward.engine.num_processes,
         features=Features({**dataset.features, **_COLUMNS}),
-        cache_file_name=str(folder / f"{secrets.token_hex(4)}-{forward.engine.process_index}.arrow"),
+        cache_file_name=f"{own_folder}/rows.arrow",
         new_fingerprint=secrets.token_hex(8),  # of the function's pickle otherwise, and so of the model
         desc="Reference distributions" if forward.show_progress else None,
     )
+    weakref.finalize(added, shutil.rmtree, own_folder, ignore_errors=True)
     return added, sum(masses) / len(masses)
 
 

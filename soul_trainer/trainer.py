@@ -99,6 +99,7 @@ class UnlearnTrainer(SharpnessAwareMixin, RunMixin, Trainer):
         engines.check_trainer(self, self.engine)
         self.step_losses: dict[str, torch.Tensor | float] = defaultdict(float)
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self.clear_losses()
         self._interrupt = InterruptCallback(self.engine)
         self.add_callback(self._interrupt)
         self.renew_callbacks()

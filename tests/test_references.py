@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 from scenes import FORGET, RETAIN, largest_difference, logged, scene_config, scene_model, scene_tokenizer, weights
 from toys import ToyLM, toy_batch, toy_rows
 
@@ -146,7 +145,13 @@ def test_all_tokens_kept_on_disk_are_the_model_put_back(tmp_path, forget_loss, r
     losses = {}
     for reference, settings in (("auto", {}), ("cached_topk", {"reference_topk": 10_000})):
         trainer = make_trainer(
-            tmp_path / reference, forget_loss=forget_loss, retain_loss=retain_loss, reference=reference, **settings
+            tmp_path / reference,
+            forget_loss=forget_loss,
+            retain_loss=retain_loss,
+            reference=reference,
+            optim="adamw_torch",
+            adam_epsilon=1e-3,  # Adam's default, and Sophia, turn rounding of tiny gradients into whole steps
+            **settings,
         )
         trainer.train()
         losses[reference] = logged(trainer, "loss"), weights(trainer.model)
@@ -157,7 +162,7 @@ def test_all_tokens_kept_on_disk_are_the_model_put_back(tmp_path, forget_loss, r
         gc.collect()
         assert not list((tmp_path / reference).glob("_*")), "what is to be forgotten stays on disk"
     assert losses["cached_topk"][0] == pytest.approx(losses["auto"][0], rel=1e-4)
-    assert largest_difference(losses["auto"][1], losses["cached_topk"][1]) < 1e-3  # Sophia's steps are of 1e-2
+    assert largest_difference(losses["auto"][1], losses["cached_topk"][1]) < SAME_SUMS
 
 
 def toy_inputs():
@@ -280,61 +285,6 @@ def test_a_layer_that_is_not_there_is_refused(tmp_path):
         make_trainer(tmp_path, forget_loss="rmu", trainable_parameters=".")
     with pytest.raises(ValueError, match="`rmu_layer` must be >= 0"):
         scene_config(tmp_path, rmu_layer=-1)
-
-
-def test_a_task_vector_is_subtracted_from_where_it_began(tmp_path):
-    """Would catch a model that has learnt what it was to forget, or a vector taken from the last step alone."""
-    learnt = scene_model()
-    settings = {"retain_loss": "none", "optim": "adamw_torch"}
-    make_trainer(tmp_path / "learnt", model=learnt, forget_loss="refusal", **settings)  # a trainer moves nothing
-    negated = scene_model()
-    start = weights(negated)
-    trainer = make_trainer(tmp_path / "negated", model=negated, forget_loss="task_vector", **settings)
-    seen = {}
-
-    def keep(args, state, control, **kwargs):
-        seen.update(weights(negated))
-
-    trainer.callback_handler.callbacks[-1].on_train_end = keep
-    trainer.args.task_vector_scale = 0.7
-    trainer.train()
-    losses = logged(trainer, "forget_loss")
-    assert losses[-1] < losses[0], "it learns first"
-    for name, value in weights(negated).items():
-        torch.testing.assert_close(value, start[name] - 0.7 * (seen[name] - start[name]), rtol=1e-6, atol=1e-7)
-
-
-def test_the_task_vector_of_an_adapter_is_the_product_of_its_matrices(tmp_path):
-    """Would catch both factors negated, whose product is what it was."""
-    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = make_trainer(
-        tmp_path, forget_loss="task_vector", retain_loss="none", peft_config=adapter, task_vector_scale=0.5
-    )
-    seen = {}
-
-    def keep(args, state, control, **kwargs):
-        seen.update(weights(trainer.model))
-
-    trainer.callback_handler.callbacks[-1].on_train_end = keep
-    trainer.train()
-    after = weights(trainer.model)
-    for name, value in seen.items():
-        if "lora_A" in name:
-            assert torch.equal(after[name], value)
-            other = name.replace("lora_A", "lora_B")
-            product, wanted = after[other] @ after[name], -0.5 * (seen[other] @ value)
-            torch.testing.assert_close(product, wanted)
-            assert wanted.abs().max() > 0
-    with pytest.raises(ValueError, match="negates the product of a LoRA adapter's matrices"):
-        dora = LoraConfig(r=2, use_dora=True, task_type="CAUSAL_LM")
-        make_trainer(tmp_path, forget_loss="task_vector", retain_loss="none", peft_config=dora)
-
-
-def test_a_task_vector_of_the_retain_rows_is_refused(tmp_path):
-    """Would catch rows to retain that are learnt beside those to forget, and so forgotten with them."""
-    with pytest.raises(ValueError, match="`retain_loss='nll'` would learn the rows to retain: choose none"):
-        make_trainer(tmp_path, forget_loss="task_vector")
-    make_trainer(tmp_path, forget_loss="task_vector", retain_loss="kl")
 
 
 def test_the_reference_keeps_no_layers_that_nobody_asks_for(tmp_path):
