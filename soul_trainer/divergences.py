@@ -24,7 +24,7 @@ class WholeVocabulary(NamedTuple):
 
     def compare(self, chunk: Tensor, log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
         """See [`TopTokens.compare`]; here every token is an outcome."""
-        log_q = self.logits.detach().flatten(0, 1)[chunk].float().log_softmax(1)
+        log_q = _log_softmax(self.logits.detach().flatten(0, 1)[chunk])
         return log_p, log_q, labels, 0.0
 
     def spread(self, chunk: Tensor, log_p: Tensor, slope: Tensor, total: Tensor | float) -> Tensor:
@@ -132,6 +132,14 @@ def token_suppression(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenDivergence.apply(logits, targets, _Itself(), partial(_distillation, strength=float("inf")))
 
 
+def token_margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """
+    `(max_v z_v - mean_v z_v)^2`, z the logits. Arguments and result are those of [`token_kl`], but the unit is logits
+    squared.
+    """
+    return _TokenDivergence.apply(logits, targets, _Itself(), _margin)
+
+
 def _kl(log_p: Tensor, log_q: Tensor, labels: Tensor, sizes: Tensor | float) -> tuple[Tensor, Tensor, float]:
     q = log_q.exp()
     return (q * (log_q - log_p)).sum(1), -q, -1.0
@@ -151,6 +159,15 @@ def _distillation(
     less = torch.zeros_like(log_q).scatter_(1, labels[:, None], strength)
     q = (log_q - less).softmax(1)
     return -(q * log_p).sum(1), -q, -1.0
+
+
+def _margin(log_p: Tensor, log_q: Tensor, labels: Tensor, sizes: float) -> tuple[Tensor, Tensor, float]:
+    # Log-probabilities are logits less a number that the difference does not see.
+    highest, place = log_p.max(1)
+    margin = highest - log_p.mean(1)
+    slope = torch.full_like(log_p, -1 / log_p.shape[1])
+    slope.scatter_add_(1, place[:, None], torch.ones_like(margin)[:, None])
+    return margin.square(), 2 * margin[:, None] * slope, 0.0
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -179,4 +196,9 @@ class _TokenDivergence(torch.autograd.Function):
 def _chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
     for chunk in answer_chunks(targets):
-        yield chunk, flat_logits[chunk].float().log_softmax(1), flat_targets[chunk]
+        yield chunk, _log_softmax(flat_logits[chunk]), flat_targets[chunk]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    # Tokens that a model forbids have -inf, of which 0 * -inf would make no number.
+    return logits.float().log_softmax(1).clamp_min_(LEAST_LOG_PROB)

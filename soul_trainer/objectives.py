@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .divergences import token_cross_entropy, token_distillation, token_kl, token_suppression
+from .divergences import token_cross_entropy, token_distillation, token_kl, token_margin, token_suppression
 from .halves import Half
 from .settings import ObjectiveArguments
 
@@ -125,9 +125,7 @@ def logit_margin(half: Half, settings: ObjectiveArguments) -> Tensor:
     Logit-margin flattening of PDU (Entesari et al., 2025, arXiv 2506.05314): `sum_t (max_v z_v - mean_v z_v)^2`, z
     the logits.
     """
-    logits = half.logits[half.is_answer].float()
-    margins = (logits.amax(1) - logits.mean(1)).square()
-    return torch.zeros_like(half.log_probs).masked_scatter(half.is_answer, margins).sum(1)
+    return token_margin(half.logits, half.targets).sum(1)
 
 
 def npo(half: Half, settings: ObjectiveArguments) -> Tensor:

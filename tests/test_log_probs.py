@@ -5,7 +5,14 @@ import torch
 
 from soul_trainer import log_probs
 from soul_trainer.batch import IGNORE_INDEX
-from soul_trainer.divergences import WholeVocabulary, token_cross_entropy, token_kl
+from soul_trainer.divergences import (
+    WholeVocabulary,
+    token_cross_entropy,
+    token_distillation,
+    token_kl,
+    token_margin,
+    token_suppression,
+)
 from soul_trainer.log_probs import shift_labels, token_log_probs
 
 
@@ -228,6 +235,31 @@ def test_the_logits_are_kept_for_the_backward_themselves_and_not_a_copy():
     assert [t.data_ptr() for t in kept] == [logits.data_ptr(), targets.data_ptr()]
     kept = token_kl(logits, WholeVocabulary(reference), targets).grad_fn.saved_tensors
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (logits, targets, reference)]
+    kept = token_margin(logits, targets).grad_fn.saved_tensors
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (logits, targets)]
+
+
+FORBIDDEN = {
+    "kl": token_kl,
+    "cross_entropy": token_cross_entropy,
+    "distillation": lambda *inputs: token_distillation(*inputs, strength=2.0),
+    "suppression": lambda logits, reference, targets: token_suppression(logits, targets),
+}
+
+
+@pytest.mark.parametrize("function", FORBIDDEN.values(), ids=FORBIDDEN)
+def test_a_token_that_the_model_forbids_is_as_if_it_were_not_there(function):
+    """Catches 0 * -inf: no number at every position, and a run that ends at its first row."""
+    logits, reference, targets = make_inputs()
+    wanted_logits = logits.clone().requires_grad_()
+    wanted = function(wanted_logits, WholeVocabulary(reference), targets)
+    wanted.sum().backward()
+    with_one_more = [torch.nn.functional.pad(each, (0, 1), value=float("-inf")) for each in (logits, reference)]
+    found_logits = with_one_more[0].requires_grad_()
+    found = function(found_logits, WholeVocabulary(with_one_more[1]), targets)
+    found.sum().backward()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found_logits.grad, torch.nn.functional.pad(wanted_logits.grad, (0, 1)))
 
 
 def test_labels_move_to_the_position_that_predicts_them():
