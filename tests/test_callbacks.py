@@ -36,6 +36,14 @@ def test_refreshes_come_before_the_first_step_and_then_every_k(tmp_path, interva
     assert refresh_steps(trainer) == expected
 
 
+def test_a_second_training_begins_with_a_refresh(tmp_path):
+    """Would catch the step of the first training's last refresh taken for one that the second has refreshed at."""
+    trainer = scene_trainer(tmp_path, hessian_interval=10, overwrite=True)
+    assert refresh_steps(trainer) == [0]
+    trainer.optimizer = trainer.lr_scheduler = None
+    assert refresh_steps(trainer) == [0]
+
+
 def test_once_is_the_plain_mean_over_the_rows(tmp_path):
     """Would catch a running average where one pass must weigh all its rows alike, and rows visited twice."""
     settings = {"hessian_interval": 0, "hessian_estimator": "empirical_fisher", "hessian_batch_size": 5}

@@ -65,7 +65,8 @@ class HessianCallback(TrainerCallback, ExportableState):
         sophia = find_sophia(self.trainer.optimizer)
         if sophia is None:
             raise ValueError(f"HessianCallback needs `optim='soul'`, but the optimizer is {args.optim}.")
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        # At step 0 the state is this callback's own, as a former training left it.
+        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
         self.last_refresh = saved.get("attributes", {}).get("last_refresh")
         if self.settings.hessian_data == "training":
             return
