@@ -57,8 +57,11 @@ def chunk_texts(
     wholes = texts if separator is None else [separator.join(texts)]
     # Texts longer than the model are what this is for: no warning of their length.
     chunks = []
-    for ids in tokenizer(wholes, add_special_tokens=False, verbose=False)["input_ids"]:
-        chunks += _chunks(ids + end, start, room, overlap)
+    for row, ids in enumerate(tokenizer(wholes, add_special_tokens=False, verbose=False)["input_ids"]):
+        ids = ids + end
+        if len(start) + len(ids) < 2:
+            raise ValueError(f"Row {row} of `texts` is a single token, which nothing predicts: leave it out.")
+        chunks += _chunks(ids, start, room, overlap)
     return Dataset.from_list(chunks)
 
 
@@ -80,6 +83,4 @@ def _chunks(ids: list[int], start: list[int], room: int, overlap: int) -> list[d
         context = len(start) + done - begin
         rows.append({"input_ids": start + ids[begin:end], "labels": [IGNORE_INDEX] * context + ids[done:end]})
         done = end
-    if len(rows[0]["input_ids"]) < 2:
-        raise ValueError("a text is a single token, which nothing predicts: leave it out.")
     return rows

@@ -33,12 +33,16 @@ def freeze_parameters(
     Raises:
         ValueError:
             If an expression cannot be read or is found in no parameter that trains (some names are listed), or if
-            nothing is left to train.
+            nothing trains or is left to train.
     """
     names: dict[torch.nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(parameter, []).append(name)
+    if not names:
+        raise ValueError(
+            "The model has no parameter that trains: set `requires_grad`, or load an adapter with `is_trainable=True`."
+        )
     chosen = _named(names, "trainable_parameters", trainable) if trainable else set(names)
     chosen -= _named(names, "frozen_parameters", frozen) if frozen else set()
     if not chosen:

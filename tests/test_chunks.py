@@ -95,7 +95,7 @@ def test_what_cannot_be_cut_is_refused(plain):
         chunk_texts(["one", " "], plain, 4)
     with pytest.raises(ValueError, match="`max_length`=1"):
         chunk_texts(TEXTS, plain, 1)
-    with pytest.raises(ValueError, match="single token"):
+    with pytest.raises(ValueError, match="Row 0 of `texts` is a single token"):
         chunk_texts(["one"], plain, 4, separator="\n")
     endless = toy_tokenizer(TEXTS)
     endless.eos_token = None

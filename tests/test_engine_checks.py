@@ -116,6 +116,13 @@ def test_what_moves_weights_between_steps_is_refused_under_deepspeed(tmp_path, s
     check_trainer(scene_trainer(tmp_path), engine)
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_samplers_that_ask_for_a_rows_length_are_refused(tmp_path, strategy):
+    """Would catch a trainer that is made, and ends in the Trainer's error about items without `input_ids`."""
+    with pytest.raises(ValueError, match=f"`train_sampling_strategy='{strategy}'` sorts.*use 'random'"):
+        scene_trainer(tmp_path, train_sampling_strategy=strategy)
+
+
 @pytest.fixture
 def sharded_weight():
     """A parameter that FSDP2 holds, in a world of one process."""
@@ -131,7 +138,7 @@ def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_w
     model.weight, model.peft_config = sharded_weight, {"default": LoraConfig(use_dora=True)}
     args, model.config = scene_config(tmp_path), scene_model().config
     parts = {"args": args, "model": model, "objectives": Objectives.named("npo", "nll")}
-    trainer = SimpleNamespace(**parts, optimizer=None, compute_loss_func=None)
+    trainer = SimpleNamespace(**parts, optimizer=None, model_init=None, compute_loss_func=None)
     with pytest.raises(ValueError, match="leave `use_dora` out"):
         check_trainer(trainer, Engine())
     model.peft_config = {"default": LoraConfig()}

@@ -88,6 +88,13 @@ def test_patterns_that_say_nothing_are_refused(settings, message):
     assert trained(model) == before
 
 
+def test_a_model_without_a_weight_that_trains_is_named():
+    """Would catch an adapter that was loaded for inference blamed on patterns that nobody gave."""
+    model = model_of(num_layers=1).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that trains.*`is_trainable=True`"):
+        freeze_parameters(model)
+
+
 def test_a_frozen_parameter_gets_no_gradient():
     """Would catch names that are right while gradients still flow into what they say is frozen."""
     model = model_of(num_layers=2)

@@ -71,6 +71,11 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         )
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` sorts rows by their lengths, and here a pair "
+            "is drawn, whose retain row is another in each epoch: use 'random' or 'sequential'."
+        )
     adapters = getattr(trainer.model, "peft_config", {}).values()
     num_layers = getattr(trainer.model.config.get_text_config(), "num_hidden_layers", None)
     if trainer.objectives.any("needs_hidden_states") and num_layers is not None and args.rmu_layer >= num_layers:
