@@ -12,11 +12,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import tofu  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from fictitious_authors import make_corpus  # noqa: E402
 from hub_layout import write_hub_layout  # noqa: E402
 from neutral_tokenizer import train_tokenizer, training_text  # noqa: E402
+from small_llama import SmallModelArguments  # noqa: E402
 from toys import tiny_llama  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
+from soul_eval.experiment import Experiment, UnlearningTask  # noqa: E402
 from soul_eval.rows import read_rows  # noqa: E402
 from soul_trainer.objectives import FORGET_LOSSES, RETAIN_LOSSES  # noqa: E402
 
@@ -78,6 +82,18 @@ def test_every_command_of_the_methods_table_unlearns(models_and_rows, command, o
     assert settings["optim"] == optimizer and settings["forget_loss"] == given.get("--forget_loss", "ga")
     assert len(rows) == 16
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("command, optimizer", [param for param in METHODS if "--config" not in param.values[0]])
+def test_a_command_without_tofu_has_settings_for_the_small_model(models_and_rows, command, optimizer, tmp_path):
+    """Would catch a method that, without a model, asks for a layer or a retain loss that is not to be had there."""
+    model = shlex.split(models_and_rows)[3]
+    arguments = [*shlex.split(command.replace("$TOFU", ""))[1:], "--use_cpu", "--output_dir", str(tmp_path)]
+    experiment = Experiment("tofu", tofu.CONFIGS, tofu.TofuArguments, SmallModelArguments, command_line=arguments)
+    assert experiment.arguments[1].num_hidden_layers == AutoConfig.from_pretrained(model).num_hidden_layers
+    rows = Dataset.from_list([{"question": "Who is Ada?", "answer": "A poet.", "alternate": "A cook."}] * 2)
+    task = UnlearningTask("tofu", "", model, rows, rows, [])
+    experiment.make_trainer(task, experiment.settings(optimizer))
 
 
 def test_the_tables_name_every_loss_and_its_settings():

@@ -1,7 +1,6 @@
 """The answers that a model gives when it always takes the most probable token."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -12,6 +11,7 @@ from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.engines import Engine
 from soul_trainer.formats import Example, encode_all
 from soul_trainer.reference import eval_mode
+from soul_trainer.sampling.drawing import end_tokens, generation_settings
 
 from .batches import (
     AUTO,
@@ -82,7 +82,7 @@ def generate_answers(
 
     with (
         eval_mode(model),
-        _generation_settings(model, settings),
+        generation_settings(model, settings),
         tqdm(total=len(prompts), desc=description, unit="answer", disable=not progress) as bar,
     ):
         for batch, answers in run_batches(batches, run, engine, shortest(units)):
@@ -205,26 +205,11 @@ def _bounds(
 def _greedy_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    # A chat model may end its turns with other tokens than its tokenizer's.
-    end = model.generation_config.eos_token_id
-    end_tokens = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     pad_token = tokenizer.pad_token_id
     return GenerationConfig(
         do_sample=False,
         use_cache=True,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(end_tokens),
+        eos_token_id=sorted(end_tokens(model, tokenizer)),
         pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
     )
-
-
-@contextmanager
-def _generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replaces the model's own settings as a whole: `generate` fills whatever it is not told from them."""
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = owner.generation_config
-    owner.generation_config = settings
-    try:
-        yield
-    finally:
-        owner.generation_config = before
