@@ -72,6 +72,11 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
         """The model with the adapter of `peft_config`, and frozen as the settings say."""
         args = self.args
         if self.peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "`model` has an adapter already: leave `peft_config` out, which trains that one, or merge it "
+                    "(`merge_and_unload`) first."
+                )
             set_seed(args.seed)
             model = get_peft_model(model, self.peft_config)
         trainable = args.trainable_parameters

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from scenes import largest_difference, scene_model, scene_trainer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -61,6 +61,13 @@ def test_an_adapter_alone_has_state_is_its_own_reference_and_can_be_merged(tmp_p
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     # Merging rounds the sum of two products; with 4 bits, the merged weight itself is rounded to one of 16 values.
     assert torch.allclose(again(**INPUTS).logits, trained, atol=0.5 if kind == "qlora" else 1e-5)
+
+
+def test_an_adapter_on_top_of_another_is_refused(tmp_path):
+    """Would catch two adapters of which one, or neither, is off when the reference is asked."""
+    model = get_peft_model(scene_model(), lora())
+    with pytest.raises(ValueError, match="`model` has an adapter already: leave `peft_config` out"):
+        scene_trainer(tmp_path, model, trainer_arguments={"peft_config": lora()})
 
 
 def test_tied_and_frozen_parameters_have_one_state_or_none(tmp_path):
