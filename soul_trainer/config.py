@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
 from .settings import ObjectiveArguments, StepArguments, check_choice, setting
@@ -191,6 +192,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SophiaArguments, Training
             raise ValueError(
                 "`forget_loss='task_vector'` takes back all that is learnt, and `retain_loss='nll'` would learn the "
                 "rows to retain: choose none, or kl or activations, which hold them where they are."
+            )
+        if self.forget_loss == "task_vector" and self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"`hub_strategy={self.hub_strategy.value!r}` would publish checkpoints, which have learnt what is to "
+                "be forgotten until `forget_loss='task_vector'` takes it back: set it to 'end'."
             )
         if self.retain_weight_schedule == "primal_dual" and self.retain_loss == "none":
             raise ValueError(

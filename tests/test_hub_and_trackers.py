@@ -42,19 +42,24 @@ def pushing_trainer(folder, **arguments) -> UnlearnTrainer:
     model = scene_model()
     model.config._name_or_path = "someone/base"
     model.add_model_tags(["tiny"])
-    trainer = scene_trainer(folder, model, trainer_arguments=arguments, save_strategy="epoch", forget_loss="npo")
+    losses = {"forget_loss": "npo", "retain_loss": "kl", "reference": "cached_topk", "reference_topk": 4}
+    trainer = scene_trainer(folder, model, trainer_arguments=arguments, save_strategy="epoch", **losses)
     trainer.train()
     return trainer
 
 
 def test_the_hub_gets_the_model_and_a_card_that_says_how_it_forgot(tmp_path, uploads):
-    """Would catch a card without the method, its tags, base model or datasets, and checkpoints that are published."""
+    """
+    Would catch a card without the method, its tags, base model or datasets, and checkpoints, or distributions of rows,
+    that are published.
+    """
     trainer = pushing_trainer(tmp_path / "out")
     trainer.push_to_hub(dataset_tags="locuslab/TOFU", license="mit", tags="fictitious")
     (folder,) = uploads
     assert largest_difference(weights(trainer.model), weights(AutoModelForCausalLM.from_pretrained(folder))) == 0
     assert len(AutoTokenizer.from_pretrained(folder)) == len(trainer.processing_class)
-    assert not any("checkpoint" in path.name for path in folder.rglob("*"))
+    assert list((tmp_path / "out").rglob("*.arrow"))
+    assert not any("checkpoint" in path.name or path.suffix == ".arrow" for path in folder.rglob("*"))
     card = ModelCard.load(folder / "README.md")
     tags = {"machine-unlearning", "soul-trainer", "fictitious", "tiny", "generated_from_trainer"}
     assert tags <= set(card.data.tags) and len(card.data.tags) == len(set(card.data.tags))

@@ -53,9 +53,21 @@ def test_the_task_vector_of_an_adapter_is_the_product_of_its_matrices(tmp_path):
             product, wanted = after[other] @ after[name], -0.5 * (seen[other] @ value)
             torch.testing.assert_close(product, wanted)
             assert wanted.abs().max() > 0
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"trainable_token_indices": [3, 4]}])
+def test_an_adapter_that_is_more_than_a_product_is_refused(tmp_path, settings):
+    """Would catch parts of an adapter that go on saying what was learnt, because they are in no product."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
     with pytest.raises(ValueError, match="negates the product of a LoRA adapter's matrices"):
-        dora = LoraConfig(r=2, use_dora=True, task_type="CAUSAL_LM")
-        make_trainer(tmp_path, forget_loss="task_vector", retain_loss="none", peft_config=dora)
+        make_trainer(tmp_path, forget_loss="task_vector", retain_loss="none", peft_config=adapter)
+
+
+def test_checkpoints_that_have_learnt_are_not_published(tmp_path):
+    """Would catch a model that knows the rows to forget better than before, on the hub at every save."""
+    settings = {"forget_loss": "task_vector", "retain_loss": "none", "push_to_hub": True, "hub_model_id": "a/b"}
+    with pytest.raises(ValueError, match="`hub_strategy='every_save'` would publish.*set it to 'end'"):
+        make_trainer(tmp_path, **settings)
 
 
 def test_a_task_vector_of_the_retain_rows_is_refused(tmp_path):

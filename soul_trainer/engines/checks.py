@@ -87,7 +87,8 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         if not trainer.has_fresh_adapter or any(not _is_negated_by_factor(adapter) for adapter in adapters):
             raise ValueError(
                 "`forget_loss='task_vector'` negates the product of a LoRA adapter's matrices: give a plain LoRA as "
-                "`peft_config`, without `bias`, `modules_to_save`, DoRA and PiSSA, or train the whole model."
+                "`peft_config`, without `bias`, `modules_to_save`, `trainable_token_indices`, DoRA and PiSSA, or "
+                "train the whole model."
             )
     if is_sharded(trainer.model) and any(getattr(adapter, "use_dora", False) for adapter in adapters):
         raise ValueError(
@@ -116,7 +117,8 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
 def _is_negated_by_factor(adapter: Any) -> bool:
     """Whether an adapter's effect changes its sign with that of one of its factors."""
     is_lora = getattr(adapter.peft_type, "value", adapter.peft_type) == "LORA"
-    is_plain = is_lora and adapter.bias == "none" and not adapter.modules_to_save and not adapter.use_dora
+    is_plain = is_lora and adapter.bias == "none" and not adapter.use_dora
+    is_plain = is_plain and not adapter.modules_to_save and not adapter.trainable_token_indices
     return is_plain and adapter.init_lora_weights in (True, "gaussian")
 
 
