@@ -119,6 +119,7 @@ def compare_memory(args: MemoryBenchmarkArguments) -> list[list[str]]:
     config = args.model_config()
     tokenizer, rows = make_rows(args.batch_size * args.steps)
     cases = {name: {"forget_loss": name} for name in FORGET_LOSSES if name != "none"} | DISTRIBUTIONS
+    cases["task_vector"]["retain_loss"] = "none"  # what it learnt would be taken back
     table = [["forget loss", *(f"{name}{what}" for name in OPTIMIZERS for what in (", MiB", ", ratio"))]]
     baseline = {}
     for case in sorted(cases, key=lambda name: name != BASELINE):
