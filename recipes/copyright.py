@@ -77,15 +77,27 @@ class CopyrightTaskArguments(ExperimentArguments):
         return suite.CopyrightArguments(**{**texts, **asked, **changes})
 
 
-def forget_rows(
-    args: CopyrightTaskArguments, chunks: Dataset, tokenizer: PreTrainedTokenizerBase, forget_loss: str
-) -> Dataset:
-    """Chunks of the text or, for a loss that puts an answer of its own after a prompt, passages as they are asked."""
+def training_rows(
+    args: CopyrightTaskArguments,
+    kept: str,
+    chunks: dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    forget_loss: str,
+) -> dict[str, Dataset]:
+    """
+    Chunks of both texts or, for a loss that puts an answer of its own after a prompt, passages as they are asked: of
+    the text to forget and, where it is the answers of the text to keep, of that as well.
+    """
     if (objective := FORGET_LOSSES[forget_loss]) is None or objective.answers == "own":
         return chunks
-    longest = str(max(args.suite_arguments().prompt_lengths()))
-    passages = suite.load(args.suite_arguments(prompt_tokens=longest, num_samples=len(chunks) * 10**6), tokenizer)
-    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["answer"]} for row in passages])
+    longest = max(args.suite_arguments().prompt_lengths())
+    all_of_them = {"prompt_tokens": str(longest), "num_samples": max(map(len, chunks.values())) * 10**6}
+    found, retain_text = dict(chunks), kept if objective.answers == "random" else None
+    rows = suite.load(args.suite_arguments(retain_text, **all_of_them), tokenizer)
+    for side in ("forget", "retain") if retain_text else ("forget",):
+        passages = [row for row in rows if row["split"] == f"{side}_{longest}"]
+        found[side] = Dataset.from_list([{"prompt": row["prompt"], "completion": row["answer"]} for row in passages])
+    return found
 
 
 def main(command_line: Sequence[str] | None = None) -> list[Run]:
@@ -109,7 +121,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         target, gold = small_models(learnt, folder, small, config.seed, use_cpu=config.use_cpu, chunks=chunks)
     tokenizer = AutoTokenizer.from_pretrained(target)
     length = min(chunks.chunk_length, tokenizer.model_max_length)
-    rows = {split: chunk_texts(members, tokenizer, length, chunks.chunk_overlap) for split, members in texts.items()}
+    parts = {split: chunk_texts(members, tokenizer, length, chunks.chunk_overlap) for split, members in texts.items()}
     # What is asked of the text to keep is what is kept, and no other part of a large dataset.
     kept = folder / "retain_text.jsonl"
     if PartialState().is_main_process:
@@ -121,8 +133,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         title="Unlearning a text",
         target=target,
         gold=gold,
-        forget=forget_rows(args, rows["forget"], tokenizer, config.forget_loss),
-        retain=rows["retain"],
+        **training_rows(args, str(kept), parts, tokenizer, config.forget_loss),
         rows=suite.load(asked, tokenizer),
         asked=vars(asked),
     )

@@ -21,6 +21,7 @@ from refusals import RefusingExperiment  # noqa: E402
 
 LAMP = " ".join(f"the keeper lit lamp {number} and {number} gulls flew over the sea" for number in range(12))
 MULE = " ".join(f"the mule ate {number} apples and the sea was lamp gulls keeper lit {number}" for number in range(12))
+TEXTS = {"forget": LAMP, "retain": MULE}
 TINY = ["--hidden_size", "16", "--num_hidden_layers", "1", "--finetune_epochs", "1", "--vocab_size", "300"]
 TINY += ["--num_train_epochs", "1", "--evaluations", "1", "--hessian_interval", "2", "--use_cpu", "True"]
 TINY += ["--chunk_length", "24", "--chunk_overlap", "8", "--prompt_tokens", "4,8", "--continuation_tokens", "6"]
@@ -71,19 +72,34 @@ def test_a_loss_that_refuses_gets_prompts(finished, texts):
     args = recipe.CopyrightTaskArguments(
         dataset=texts[1], retain_text=texts[3], prompt_tokens="4,8", continuation_tokens=6, num_samples=2
     )
-    chunks = Dataset.from_dict({"input_ids": [[1, 2]] * 3, "labels": [[1, 2]] * 3})
-    assert recipe.forget_rows(args, chunks, tokenizer, "npo") is chunks
-    assert recipe.forget_rows(args, chunks, tokenizer, "none") is chunks
-    for loss in ("refusal", "random", "dpo"):
-        rows = recipe.forget_rows(args, chunks, tokenizer, loss).to_list()
-        end = 0
-        for row in rows:  # completions follow one another, and each its prompt
-            place = LAMP.index(row["prompt"] + row["completion"], max(0, end - len(row["prompt"])))
-            end = place + len(row["prompt"] + row["completion"])
-        # As many as fit side by side, and not only those that are asked.
-        num_tokens = len(tokenizer(LAMP)["input_ids"])
-        assert len(rows) > num_tokens // 6 - 4 and end > 0.9 * len(LAMP)
-        assert all(len(tokenizer(row["prompt"])["input_ids"]) == 8 for row in rows)
+    chunks = {side: Dataset.from_dict({"input_ids": [[1, 2]] * 3, "labels": [[1, 2]] * 3}) for side in TEXTS}
+    for loss in ("npo", "none"):
+        assert recipe.training_rows(args, texts[3], chunks, tokenizer, loss) == chunks
+    for loss, sides in (("refusal", ["forget"]), ("random", ["forget", "retain"]), ("dpo", ["forget"])):
+        found = recipe.training_rows(args, texts[3], chunks, tokenizer, loss)
+        assert found["retain"] is chunks["retain"] or "retain" in sides
+        for side in sides:
+            check_passages(found[side].to_list(), TEXTS[side], tokenizer)
+
+
+def check_passages(rows, text, tokenizer):
+    """Completions follow one another, and each its prompt."""
+    end = 0
+    for row in rows:
+        place = text.index(row["prompt"] + row["completion"], max(0, end - len(row["prompt"])))
+        end = place + len(row["prompt"] + row["completion"])
+    # As many as fit side by side, and not only those that are asked.
+    assert len(rows) > len(tokenizer(text)["input_ids"]) // 6 - 4 and end > 0.9 * len(text)
+    assert all(len(tokenizer(row["prompt"])["input_ids"]) == 8 for row in rows)
+
+
+def test_random_answers_are_the_kept_texts(finished, texts, tmp_path):
+    """Catches a text to keep that comes in chunks, of which no answer can be drawn."""
+    folder, _ = finished
+    models = ["--model", str(next(folder.glob("target-*"))), "--optim", "adamw_torch", "--max_steps", "1"]
+    models += ["--bf16", "False", "--forget_loss", "random", "--output_dir", str(tmp_path)]
+    (run,) = recipe.main([*texts, *TINY, *models])
+    assert run.rows and (tmp_path / "adamw_torch" / "model.safetensors").exists()
 
 
 def test_refusals_are_the_tasks_own(texts, tmp_path):
