@@ -3,7 +3,7 @@ Makes a model forget WMDP's biology and cybersecurity, with a first- and a secon
 left of that and of MMLU.
 
     accelerate launch recipes/wmdp.py                                            # inventions of our own, two CPU cores
-    accelerate launch recipes/wmdp.py --forget_loss rmu --retain_loss activations
+    accelerate launch recipes/wmdp.py --forget_loss rmu
     accelerate launch recipes/wmdp.py --model HuggingFaceH4/zephyr-7b-beta --optim adamw_torch --general wmdp,mmlu
 
 Without `--model`, a small target is trained from scratch on the corpora; the next run finds it. Every flag
