@@ -65,8 +65,7 @@ class HessianCallback(TrainerCallback, ExportableState):
         sophia = find_sophia(self.trainer.optimizer)
         if sophia is None:
             raise ValueError(f"HessianCallback needs `optim='soul'`, but the optimizer is {args.optim}.")
-        # At step 0 the state is this callback's own, as a former training left it.
-        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
         self.last_refresh = saved.get("attributes", {}).get("last_refresh")
         if self.settings.hessian_data == "training":
             return
@@ -100,6 +99,10 @@ class HessianCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Remembers the learning rates of the step, which the scheduler changes before the step is logged."""
         self.learning_rates = [group["lr"] for group in find_sophia(self.trainer.optimizer).param_groups]
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Forgets the last refresh, whose step another training would take for one of its own."""
+        self.last_refresh = None
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
