@@ -47,6 +47,8 @@ def run_settings(args: UnlearnConfig) -> dict:
     objectives = Objectives.named(args.forget_loss, args.retain_loss)
     idle = {setting.name for setting in fields(ObjectiveArguments)}
     idle -= {name for objective in objectives if objective for name in objective.settings}
+    if not objectives.any("needs_reference"):
+        idle |= {"reference", "reference_topk"}
     if args.optim not in SOPHIA_NAMES:
         idle |= {setting.name for setting in fields(SophiaArguments)}
     own = [setting.name for setting in fields(args) if setting.name not in inherited | idle | {"overwrite"}]

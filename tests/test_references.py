@@ -14,6 +14,7 @@ from toys import ToyLM, toy_batch, toy_rows
 from soul_trainer import UnlearnTrainer
 from soul_trainer.divergences import TopTokens, WholeVocabulary, token_cross_entropy, token_distillation, token_kl
 from soul_trainer.log_probs import shift_labels
+from soul_trainer.records import run_settings
 from soul_trainer.reference import forward_halves
 from soul_trainer.reference_rows import top_tokens
 from soul_trainer.weighting import dual_step
@@ -347,3 +348,11 @@ def test_the_measured_error_of_kept_tokens_is_that_of_the_formulas():
     assert found["KL error"] == pytest.approx(float((merged - whole).mean()), rel=1e-4) and found["KL error"] < 0
     assert 0 < found["KL gradient error"] < 1 and 0 < found["kept"] < 1
     assert abs(errors(logits, reference, targets, 7)["UNDIAL gradient error"]) < 1e-5
+
+
+def test_a_run_is_recorded_by_the_settings_that_it_used(tmp_path):
+    """Would catch a run that is taken for another because of settings that neither of them reads."""
+    idle = run_settings(scene_config(tmp_path, forget_loss="npo", simnpo_beta=3.0, reference_topk=7))
+    assert "npo_beta" in idle and not {"simnpo_beta", "reference", "reference_topk"} & set(idle)
+    used = run_settings(scene_config(tmp_path, forget_loss="undial", reference="cached_topk", reference_topk=7))
+    assert used["reference"] == "cached_topk" and used["reference_topk"] == 7 and used["undial_strength"] == 10.0
