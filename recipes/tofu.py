@@ -62,6 +62,8 @@ class TofuArguments(ExperimentArguments):
         super().__post_init__()
         if self.requests and self.num_requests:
             raise ValueError("`requests` names splits and `num_requests` parts of one: give one of the two.")
+        if self.num_requests is not None and self.num_requests < 1:
+            raise ValueError(f"`num_requests` must be at least 1, but it is {self.num_requests}.")
         for name in ("forget_split", "retain_split", "holdout_split", "requests"):
             if getattr(self, name) and not self.dataset:
                 raise ValueError(
@@ -106,12 +108,14 @@ def main(command_line: list[str] | None = None) -> None:
     """Runs the recipe."""
     experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments, command_line=command_line)
     args, rows = experiment.arguments[0], load_rows(experiment)
+    requests = rows.requests(args.requests.split(",")) if args.requests else None
+    if args.num_requests:
+        requests = rows.author_requests(args.num_requests)
     task = make_task(experiment, rows)
-    if args.requests or args.num_requests:
+    if requests:
         # The requests bring their own rows to forget.
         task.rows = [row for row in task.rows if row["split"] != "forget"]
-        by_split = args.requests and rows.requests(args.requests.split(","))
-        run_requests(experiment, task, by_split or rows.author_requests(args.num_requests))
+        run_requests(experiment, task, requests)
     else:
         experiment.run(task)
 

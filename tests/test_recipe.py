@@ -145,12 +145,20 @@ def test_requests_of_authors_are_whole_authors(tmp_path):
         (["--requests", "forget01"], "`requests` .*needs `dataset`"),
         (["--forget_split", "forget01"], "`forget_split` .*needs `dataset`"),
         (["--dataset", "x", "--requests", "forget01", "--num_requests", "2"], "give one of the two"),
+        (["--num_requests", "0"], "`num_requests` must be at least 1"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, said):
     """Would catch a flag that is ignored without a word."""
     with pytest.raises(ValueError, match=said):
         recipe.main(["--use_cpu", *flags])
+
+
+def test_more_requests_than_authors_are_refused_before_a_model_is_trained(tmp_path):
+    """Would catch minutes of training that end in an error about a flag."""
+    with pytest.raises(ValueError, match="`num_requests` must be between 1 and 1"):
+        recipe.main(["--use_cpu", "--authors", "5", "--num_requests", "2", "--output_dir", str(tmp_path), *SMALL])
+    assert not list(tmp_path.glob("target*"))
 
 
 def test_published_requests_run_one_after_the_other(tmp_path, capsys):
