@@ -80,9 +80,18 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
             set_seed(args.seed)
             model = get_peft_model(model, self.peft_config)
         trainable = args.trainable_parameters
-        if args.forget_loss == "rmu" and trainable is None and not isinstance(model, PeftModel):
+        is_default = args.forget_loss == "rmu" and trainable is None and not isinstance(model, PeftModel)
+        if is_default:
             trainable = parameters_of_layers(args.rmu_layer)
-        freeze_parameters(model, trainable, args.frozen_parameters)
+        try:
+            freeze_parameters(model, trainable, args.frozen_parameters)
+        except ValueError as error:
+            if not is_default:
+                raise
+            raise ValueError(
+                f"forget_loss='rmu' trains down projections of `rmu_layer`={args.rmu_layer} and the two before it, "
+                f"unless `trainable_parameters` says otherwise: {error}"
+            ) from None
         return model
 
     def create_model_card(self, *args, **kwargs) -> None:

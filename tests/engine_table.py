@@ -12,7 +12,13 @@ from engine_jobs import DEEPSPEED, JOBS, NOT_UNDER_DEEPSPEED, differences, run
 
 ENGINES = ("ddp", "fsdp2", "fsdp2_accelerate", *DEEPSPEED)
 # DoRA asks for the norm of whole weights, which transformers' own sharding does not give it.
-LEFT_OUT = {("fsdp2", "dora"), *((engine, job) for engine in DEEPSPEED for job in NOT_UNDER_DEEPSPEED)}
+REFUSED = {("fsdp2", "dora"), *((engine, job) for engine in DEEPSPEED for job in NOT_UNDER_DEEPSPEED)}
+# Where losses and references are concerned, stages 2 and 3 stand for the others: what these shard is the optimizer's.
+LEFT_OUT = REFUSED | {
+    (engine, job)
+    for engine in ("zero1", "zero2_offload", "zero3_offload")
+    for job in ("dpo", "cached", "rmu", "negated", "pattern")
+}
 
 
 def jobs_of(engine: str) -> tuple[str, ...]:
@@ -29,7 +35,7 @@ def main() -> None:
         cells = []
         for engine in ENGINES:
             if job not in outcomes[engine]:
-                cells.append("refused")
+                cells.append("refused" if (engine, job) in REFUSED else "")
                 continue
             found = differences(outcomes[engine][job], outcomes["single"][job])
             cells.append(f"{max(found['loss'], found['weights']):.0e} / {found['hessian']:.0e}")

@@ -356,3 +356,9 @@ def test_a_run_is_recorded_by_the_settings_that_it_used(tmp_path):
     assert "npo_beta" in idle and not {"simnpo_beta", "reference", "reference_topk"} & set(idle)
     used = run_settings(scene_config(tmp_path, forget_loss="undial", reference="cached_topk", reference_topk=7))
     assert used["reference"] == "cached_topk" and used["reference_topk"] == 7 and used["undial_strength"] == 10.0
+
+
+def test_a_layer_without_down_projections_is_named_by_its_setting(tmp_path):
+    """Would catch a regular expression that the user never wrote as the only word on a layer that is too high."""
+    with pytest.raises(ValueError, match="`rmu_layer`=7 and the two before it.*found in no parameter"):
+        make_trainer(tmp_path, forget_loss="rmu")
