@@ -1,6 +1,6 @@
 """
-Every command of the table in docs/tasks.md runs, in small: hub ids stand for folders of the same layout, and flags
-that the docs do not have make models, rows and runs of a few kilobytes.
+Every command of the tables in docs/tasks.md and docs/training_free.md runs, in small: hub ids stand for folders of the
+same layout, and flags that the docs do not have make models, rows and runs of a few kilobytes.
 """
 
 import importlib
@@ -26,10 +26,13 @@ from neutral_tokenizer import train_tokenizer, training_text  # noqa: E402
 from toys import tiny_llama  # noqa: E402
 
 from soul_eval.__main__ import main as soul_eval  # noqa: E402
+from soul_trainer.influence import main as influence  # noqa: E402
 
 
-TABLE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8").partition("## ")[0]
-COMMANDS = re.findall(r"`((?:accelerate launch|python) [^`]+)`", TABLE)
+TABLE, TRAINING_FREE = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8").partition("## ")[0] for name in ("tasks.md", "training_free.md")
+)
+COMMANDS = re.findall(r"`((?:accelerate launch|python) [^`]+)`", TABLE + TRAINING_FREE)
 RUN = "--evaluations 1 --use_cpu --disable_tqdm True --hessian_interval 2 --hessian_batch_size 2"
 FROM_SCRATCH = f"{RUN} --hidden_size 16 --finetune_epochs 0.1 --max_steps 2"
 PUBLISHED = f"{RUN} --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --bf16 False"
@@ -105,6 +108,8 @@ def test_every_command_of_the_tasks_table_runs(stand_ins, command, tmp_path, mon
         flags += (
             " --bf16 False --num_train_epochs 1" if "--model " in words else " --hidden_size 16 --finetune_epochs 1"
         )
+    elif words.startswith("-m soul_trainer.influence"):
+        flags = "--max_iterations 2"
     elif words.startswith("-m soul_eval"):
         name = words.split()[2]
         flags = ASKED[name] + " --device cpu"
@@ -119,6 +124,10 @@ def test_every_command_of_the_tasks_table_runs(stand_ins, command, tmp_path, mon
     if script == "-m":
         where = arguments.index("results")
         arguments[where] = str(tmp_path / "results")
+        if arguments[0] == "soul_trainer.influence":
+            assert influence(arguments[1:]) == 0
+            assert (tmp_path / "results" / "model.safetensors").exists()
+            return
         monkeypatch.setattr(sys, "argv", ["soul_eval", *arguments[1:]])
         soul_eval()
         assert (tmp_path / "results" / "summary.json").exists()
@@ -134,6 +143,7 @@ def test_every_command_of_the_tasks_table_runs(stand_ins, command, tmp_path, mon
 
 def test_each_task_has_a_command_in_every_column_that_it_can_have():
     """Would catch a table that has lost a task or a column to an edit."""
+    assert TRAINING_FREE.count("`python") == 4
     rows = [line for line in TABLE.splitlines() if line.startswith("| ")][1:]
     recipes = [re.search(r"recipes/(\w+)\.py", row)[1] for row in rows]
     assert recipes == ["tofu", "muse", "wmdp", "copyright", "detox", "unlearn", "finetune"]
