@@ -52,15 +52,11 @@ def errors(logits: Tensor, reference: Tensor, targets: Tensor, num_tokens: int) 
         with whole distributions, in nats a token, `<name> error`, how far it is from that, and `<name> gradient
         error`, the relative distance of the gradients.
     """
-    ids, log_probs = top_tokens(reference, targets, num_tokens)
-    is_answer = targets != IGNORE_INDEX
-    placed = [each.new_zeros(*targets.shape, each.shape[1]) for each in (ids, log_probs)]
-    for place, each in zip(placed, (ids, log_probs)):
-        place[is_answer] = each
-    found = {"kept": 1 - float(log_probs[:, -1].exp().mean())}
+    top = top_tokens(reference, targets, num_tokens)
+    found = {"kept": 1 - float(top.log_probs[targets != IGNORE_INDEX][:, -1].exp().mean())}
     for name in DIVERGENCES:
         whole, whole_gradient = value_and_gradient(name, logits, WholeVocabulary(reference), targets)
-        value, gradient = value_and_gradient(name, logits, TopTokens(*placed), targets)
+        value, gradient = value_and_gradient(name, logits, top, targets)
         found |= {name: whole, f"{name} error": value - whole}
         found[f"{name} gradient error"] = float((gradient - whole_gradient).norm() / whole_gradient.norm())
     return found

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
-from .settings import ObjectiveArguments, StepArguments, check_choice, setting
+from .settings import ObjectiveArguments, StepArguments, check_at_least, check_choice, setting
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
@@ -50,9 +50,8 @@ class SophiaArguments:
         """Raises a `ValueError` that names the first setting that is out of its range."""
         check_choice("hessian_estimator", self.hessian_estimator, HESSIAN_ESTIMATORS)
         check_choice("hessian_data", self.hessian_data, HESSIAN_DATA)
-        for name, least in (("hessian_interval", 0), ("hessian_batch_size", 1), ("hessian_rows", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(self, name)}.")
+        check_at_least(0, hessian_interval=self.hessian_interval)
+        check_at_least(1, hessian_batch_size=self.hessian_batch_size, hessian_rows=self.hessian_rows)
         if not 0 <= self.hessian_label_smoothing < 1:
             raise ValueError(f"`hessian_label_smoothing` must be in [0, 1), but it is {self.hessian_label_smoothing}.")
         if self.hessian_label_smoothing and self.hessian_estimator != "empirical_fisher":
@@ -181,9 +180,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SophiaArguments, Training
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be >= 0, but it is {getattr(self, name)}.")
-        for name in ("max_length", "reference_topk"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+        check_at_least(1, max_length=self.max_length, reference_topk=self.reference_topk)
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning for unlearning objectives: leave it at 0.")
         if self.forget_loss == "none" and self.retain_loss == "none":

@@ -34,7 +34,6 @@ from transformers.utils import logging
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
 from .collator import UnlearnCollator
-from .config import check_choice
 from .formats import longest_row, prepare
 from .freezing import freeze_parameters
 from .gauss_newton import (
@@ -47,6 +46,7 @@ from .gauss_newton import (
 )
 from .records import RUN_FILE, write_whole
 from .reference import eval_mode
+from .settings import check_at_least, check_choice
 
 
 logger = logging.get_logger(__name__)
@@ -97,9 +97,7 @@ class InfluenceArguments:
                 raise ValueError(f"`{name}` must be a finite number > 0, but it is {value}.")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"`tolerance` must be in (0, 1), but it is {self.tolerance}.")
-        for name in ("max_iterations", "num_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+        check_at_least(1, max_iterations=self.max_iterations, num_draws=self.num_draws)
 
 
 @dataclass
@@ -257,9 +255,7 @@ class CommandArguments:
     overwrite: bool = field(default=False, metadata={"help": "Whether to replace another run's result."})
 
     def __post_init__(self):
-        for name in ("batch_size", "retain_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but it is {getattr(self, name)}.")
+        check_at_least(1, batch_size=self.batch_size, retain_rows=self.retain_rows)
         if not getattr(getattr(torch, self.dtype, None), "is_floating_point", False):
             raise ValueError(f"`dtype`={self.dtype!r} is unknown: use float32, bfloat16 or float16.")
 

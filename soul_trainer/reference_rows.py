@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
 from .config import UnlearnConfig
+from .divergences import TopTokens
 from .engines import Engine
 from .log_probs import LEAST_LOG_PROB, answer_chunks, shift_labels, token_log_probs
 from .objectives import Objectives
@@ -151,9 +152,8 @@ def add_top_tokens(dataset: Dataset, num_tokens: int, folder: Path, forward: Row
     masses: list[float] = []
 
     def read(logits: Tensor, targets: Tensor) -> list[tuple[list, list]]:
-        counts = (targets != IGNORE_INDEX).sum(1).tolist()
-        ids, log_probs = (kept.split(counts) for kept in top_tokens(logits, targets, num_tokens))
-        return [(row_ids.tolist(), row_log_probs.tolist()) for row_ids, row_log_probs in zip(ids, log_probs)]
+        kept = zip(*top_tokens(logits, targets, num_tokens), targets != IGNORE_INDEX)
+        return [(ids[is_answer].tolist(), log_probs[is_answer].tolist()) for ids, log_probs, is_answer in kept]
 
     def add(columns: dict[str, list]) -> dict[str, list]:
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -177,7 +177,7 @@ def add_top_tokens(dataset: Dataset, num_tokens: int, folder: Path, forward: Row
 
 
 @torch.no_grad()
-def top_tokens(logits: Tensor, targets: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def top_tokens(logits: Tensor, targets: Tensor, num_tokens: int) -> TopTokens:
     """
     The most probable tokens at each answer position.
 
@@ -187,16 +187,15 @@ def top_tokens(logits: Tensor, targets: Tensor, num_tokens: int) -> tuple[Tensor
         num_tokens (`int`): How many, at most the vocabulary.
 
     Returns:
-        `tuple[torch.LongTensor, torch.FloatTensor]`: For each answer position, row by row, the target and the most
-        probable others, `(positions, K)`; and their log-probabilities with that of all other tokens together,
-        `(positions, K + 1)`.
+        [`~divergences.TopTokens`]: With zeros off the answers.
     """
     flat_logits, flat_targets = logits.flatten(0, 1), targets.flatten()
     num_tokens = min(num_tokens, logits.shape[2])
-    ids, log_probs = [logits.new_zeros(0, num_tokens, dtype=torch.long)], [logits.new_zeros(0, num_tokens + 1).float()]
+    ids = flat_targets.new_zeros(len(flat_targets), num_tokens)
+    log_probs = flat_logits.new_zeros(len(flat_targets), num_tokens + 1, dtype=torch.float32)
     for chunk in answer_chunks(targets):
         log_p, labels = flat_logits[chunk].float().log_softmax(1), flat_targets[chunk, None]
-        ids.append(log_p.scatter(1, labels, float("inf")).topk(num_tokens).indices)
-        rest = log_p.scatter(1, ids[-1], float("-inf")).logsumexp(1, keepdim=True).clamp_min(LEAST_LOG_PROB)
-        log_probs.append(torch.cat([log_p.gather(1, ids[-1]), rest], 1))
-    return torch.cat(ids), torch.cat(log_probs)
+        ids[chunk] = log_p.scatter(1, labels, float("inf")).topk(num_tokens).indices
+        rest = log_p.scatter(1, ids[chunk], float("-inf")).logsumexp(1, keepdim=True).clamp_min(LEAST_LOG_PROB)
+        log_probs[chunk] = torch.cat([log_p.gather(1, ids[chunk]), rest], 1)
+    return TopTokens(ids.unflatten(0, targets.shape), log_probs.unflatten(0, targets.shape))

@@ -17,6 +17,13 @@ def check_choice(name: str, value: str, known: tuple[str, ...] | dict) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(known)}, but it is {value!r}.")
 
 
+def check_at_least(least: int, **values: int | None) -> None:
+    """Raises a `ValueError` that names the first of some values that is less than `least`; `None` is not set."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, but it is {value}.")
+
+
 @dataclass
 class ObjectiveArguments:
     """Settings of single objectives, in their papers' units. An objective names those that it reads."""

@@ -12,7 +12,7 @@ from scenes import FORGET, RETAIN, largest_difference, logged, scene_config, sce
 from toys import ToyLM, toy_batch, toy_rows
 
 from soul_trainer import UnlearnTrainer
-from soul_trainer.divergences import TopTokens, WholeVocabulary, token_cross_entropy, token_distillation, token_kl
+from soul_trainer.divergences import WholeVocabulary, token_cross_entropy, token_distillation, token_kl
 from soul_trainer.log_probs import shift_labels
 from soul_trainer.records import run_settings
 from soul_trainer.reference import forward_halves
@@ -172,20 +172,10 @@ def toy_inputs():
     return logits, reference, shift_labels(batch["labels"])
 
 
-def kept(reference, targets, num_tokens):
-    """[`TopTokens`] at the positions of a batch, as the collator places them."""
-    ids, log_probs = top_tokens(reference, targets, num_tokens)
-    is_answer = targets >= 0
-    placed = [torch.zeros(*targets.shape, each.shape[1], dtype=each.dtype) for each in (ids, log_probs)]
-    for place, each in zip(placed, (ids, log_probs)):
-        place[is_answer] = each
-    return TopTokens(*placed)
-
-
 def test_top_tokens_are_the_label_and_the_most_probable_others():
     """Would catch a label that is missing where the reference finds it improbable, or there twice."""
     _, reference, targets = toy_inputs()
-    ids, log_probs = top_tokens(reference, targets, 3)
+    ids, log_probs = (each[targets >= 0] for each in top_tokens(reference, targets, 3))
     places = (targets >= 0).nonzero().tolist()
     assert len(ids) == len(places)
     for found, scores, (row, place) in zip(ids.tolist(), log_probs, places):
@@ -205,7 +195,7 @@ def test_merged_outcomes_cost_what_lies_within_them():
     whole = token_kl(logits, WholeVocabulary(reference), targets)
     gaps = []
     for num_tokens in (1, 3, 6, 7):
-        top = kept(reference, targets, num_tokens)
+        top = top_tokens(reference, targets, num_tokens)
         value = token_kl(logits, top, targets)
         for row, place in (targets >= 0).nonzero().tolist():
             p, q = (each[row, place].double().softmax(0) for each in (logits, reference))
@@ -222,7 +212,7 @@ def test_merged_outcomes_cost_what_lies_within_them():
 def test_gradients_of_merged_outcomes_are_those_of_autograd(name, num_tokens):
     """Would catch tokens outside the kept ones that get no gradient, or each the whole of their outcome's."""
     logits, reference, targets = toy_inputs()
-    top = kept(reference, targets, num_tokens)
+    top = top_tokens(reference, targets, num_tokens)
     logits.requires_grad_()
     function = {
         "kl": token_kl,
@@ -343,7 +333,7 @@ def test_the_measured_error_of_kept_tokens_is_that_of_the_formulas():
     found = errors(logits, reference, targets, 3)
     is_answer = targets >= 0
     whole = token_kl(logits, WholeVocabulary(reference), targets)[is_answer]
-    merged = token_kl(logits, kept(reference, targets, 3), targets)[is_answer]
+    merged = token_kl(logits, top_tokens(reference, targets, 3), targets)[is_answer]
     assert found["KL"] == pytest.approx(float(whole.mean()), rel=1e-5)
     assert found["KL error"] == pytest.approx(float((merged - whole).mean()), rel=1e-4) and found["KL error"] < 0
     assert 0 < found["KL gradient error"] < 1 and 0 < found["kept"] < 1

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from ..engines import Engine
 from ..formats import longest_row
 from ..reference import eval_mode
+from ..settings import check_at_least
 
 
 # What numbers are drawn for: the same row draws others for another purpose.
@@ -64,9 +65,8 @@ class SamplingConfig:
             raise ValueError(f"`temperature` must be over 0, but it is {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], but it is {self.top_p}.")
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, but it is {getattr(self, name)}.")
+        check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        check_at_least(0, seed=self.seed)
 
 
 class Sampled(NamedTuple):

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..batch import IGNORE_INDEX
 from ..engines import Engine
 from ..formats import encode, render
+from ..settings import check_at_least, check_choice
 from .drawing import (
     ANSWER,
     QUESTION,
@@ -95,11 +96,8 @@ def self_generated_rows(
         ValueError: If an argument is out of its range, no text can begin or no question end, or no row is left.
     """
     config = config or SamplingConfig()
-    if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, but it is {kind!r}.")
-    for argument, value in (("num_rows", num_rows), ("ngram", ngram), ("max_tries", max_tries)):
-        if value < 1:
-            raise ValueError(f"`{argument}` must be at least 1, but it is {value}.")
+    check_choice("kind", kind, KINDS)
+    check_at_least(1, num_rows=num_rows, ngram=ngram, max_tries=max_tries)
     if kind == "auto":
         kind = "question" if tokenizer.chat_template or prompt_template else "text"
     if kind == "question" and prompts:
