@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearningStoppingCallback, UnlearnTrainer, gold_forget_loss
-from soul_trainer.config import SOPHIA_NAMES
+from soul_trainer.config import SOUL_NAMES
 from soul_trainer.engines import Engine
 from soul_trainer.sampling import SamplingConfig, add_alternates
 
@@ -262,7 +262,7 @@ class Experiment:
         if self._chosen is not None:
             return self._parser.build(values | self._chosen | self._named)
         forget_loss = (self._defaults | self._named).get("forget_loss", UnlearnConfig.forget_loss)
-        file = settings_file(self._folder, "soul" if optimizer in SOPHIA_NAMES else "adamw", forget_loss)
+        file = settings_file(self._folder, "soul" if optimizer in SOUL_NAMES else "adamw", forget_loss)
         found = self._parser.read(file) if file else {}
         if file and not file.stem.endswith(f"_{forget_loss}"):
             logger.warning_once(f"There are no settings of forget_loss={forget_loss} with {optimizer}: {file} it is.")

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from soul_trainer.log_probs import shift_labels, token_log_probs
-from soul_trainer.sophia import Sophia
+from soul_trainer.optim import Sophia
 
 
 GIB, MIB = 2**30, 2**20

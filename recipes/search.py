@@ -26,7 +26,7 @@ from soul_eval.experiment import Experiment, UnlearningTask
 from soul_eval.extras import require
 from soul_eval.search import ForgetQualitySubjectToUtility, hp_space
 from soul_trainer import UnlearnConfig
-from soul_trainer.config import SOPHIA_NAMES
+from soul_trainer.config import SOUL_NAMES
 from soul_trainer.records import run_settings, write_whole
 
 
@@ -51,7 +51,7 @@ class SearchArguments(TofuArguments):
     def __post_init__(self):
         super().__post_init__()
         self.learning_rates = self.learning_rates or ("1e-6,1e-4" if self.model else "1e-4,1e-2")
-        for optimizer in SOPHIA_NAMES:
+        for optimizer in SOUL_NAMES:
             hp_space(**self.ranges(optimizer))
         if self.trials < 1:
             raise ValueError(f"`trials` must be at least 1, but it is {self.trials}.")
@@ -61,7 +61,7 @@ class SearchArguments(TofuArguments):
     def ranges(self, optimizer: str) -> dict[str, tuple[float, ...]]:
         """The settings that an optimizer's trials draw."""
         texts = {"learning_rate": self.learning_rates, "rho": self.rhos, "retain_weight": self.retain_weights}
-        if optimizer not in SOPHIA_NAMES:
+        if optimizer not in SOUL_NAMES:
             del texts["rho"]
         return {name: tuple(map(float, text.split(","))) for name, text in texts.items()}
 

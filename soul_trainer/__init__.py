@@ -7,16 +7,17 @@ from .registration import register
 register()
 
 from .callbacks import HessianCallback, UnlearningStoppingCallback, gold_forget_loss  # noqa: E402
-from .config import SophiaArguments, UnlearnConfig  # noqa: E402
+from .config import SoulArguments, UnlearnConfig  # noqa: E402
 from .curvature import estimate_hessian  # noqa: E402
-from .sophia import Sophia  # noqa: E402
+from .optim import Sophia, Soul  # noqa: E402
 from .trainer import UnlearnTrainer  # noqa: E402
 
 
 __all__ = [
     "HessianCallback",
     "Sophia",
-    "SophiaArguments",
+    "Soul",
+    "SoulArguments",
     "UnlearnConfig",
     "UnlearnTrainer",
     "UnlearningStoppingCallback",

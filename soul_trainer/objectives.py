@@ -210,6 +210,7 @@ RETAIN_LOSSES: dict[str, Objective | None] = {
     "activations": Objective(
         activations, settings=("rmu_layer",), needs_hidden_states=True, needs_reference_hidden_states=True
     ),
+    "curvature": None,
     "none": None,
 }
 

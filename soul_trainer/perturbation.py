@@ -12,17 +12,13 @@ A step costs two forwards and backwards of its forget rows and one of its retain
 where plain unlearning costs one of each in one call; and one more copy of the weights that train.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
-from .batch import ForgetRetainBatch, select_rows
-from .engines import Engine, GradientError, save_checkpoint
-from .random_state import forked_rng
+from .engines import Engine, GradientError
 
 
 class Perturbation:
@@ -76,64 +72,3 @@ class Perturbation:
             self.uses_left -= 1
             if not self.uses_left:
                 self.moved = []
-
-
-class SharpnessAwareMixin(Trainer):
-    """
-    The steps of an [`UnlearnTrainer`] with `sam_radius`: of its `get_batch_samples`, which calls `find_perturbation`,
-    of the gradients of every micro-batch, and of its losses, whose sums for the log are of the perturbed weights.
-    """
-
-    perturbation: Perturbation | None = None
-
-    def find_perturbation(self, batches: list[ForgetRetainBatch], counts: Tensor) -> None:
-        """
-        Finds where this step's forget gradients are to be taken. It comes before the Trainer's contexts that keep
-        gradients of micro-batches on their process.
-
-        Args:
-            batches (`list[ForgetRetainBatch]`): This process's micro-batches of the step.
-            counts (`torch.LongTensor` of shape `(2, 2)`): That their losses are divided by.
-
-        Raises:
-            FloatingPointError: If a loss or the gradient is not finite; the state before the step is saved.
-        """
-        if not self.args.sam_radius or not batches:
-            return
-        self.model_wrapped.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have weights for either mode
-            self.optimizer.train()
-        if self.perturbation is None:
-            self.perturbation = Perturbation(self.model, self.args.sam_radius, self.engine)
-        logged = self.step_losses, self._component_sums
-        self.step_losses, self._component_sums = defaultdict(float), defaultdict(float)
-        parts = [select_rows(batch, ("forget", "preferred")) for batch in batches]
-
-        def backward() -> None:
-            for index, part in enumerate(parts):
-                is_last = index == len(parts) - 1
-                with self.engine.accumulate(self.model_wrapped, is_last), self.compute_loss_context_manager():
-                    loss = self.compute_loss(self.model_wrapped, part, num_items_in_batch=counts)
-                    self.engine.backward(loss / self.engine.loss_factor, is_last)
-
-        # The random state of a resumed run is loaded later; dropout is a function of the step and the process.
-        seed = hash((self.args.seed, self.state.global_step, self.engine.process_index))
-        try:
-            with forked_rng(seed), self.engine.gradients_set_aside(self.optimizer):
-                gradients = self.engine.gradients(self.model, backward)
-            self.perturbation.find(gradients, num_uses=len(batches))
-        except GradientError as error:
-            raise GradientError(f"{error} {save_checkpoint(self)} holds the state before it.") from None
-        finally:
-            self.step_losses, self._component_sums = logged
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: ForgetRetainBatch, num_items_in_batch: Tensor | None = None
-    ) -> Tensor:
-        """As [`~transformers.Trainer`]'s, forget rows at the perturbed weights and retain rows at the weights."""
-        if not self.args.sam_radius:
-            return super().training_step(model, inputs, num_items_in_batch)
-        forget, retain = select_rows(inputs, ("forget", "preferred")), select_rows(inputs, ("retain",))
-        with self.perturbation.applied(), self.engine.accumulate(model, is_last=retain is None):
-            loss = super().training_step(model, forget, num_items_in_batch)
-        return loss if retain is None else loss + super().training_step(model, retain, num_items_in_batch)

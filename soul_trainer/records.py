@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from enum import Enum
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
-from .config import SOPHIA_NAMES, SophiaArguments, UnlearnConfig
+from .config import SOUL_NAMES, SoulArguments, UnlearnConfig
 from .objectives import Objectives
 from .settings import ObjectiveArguments
 
@@ -49,10 +49,13 @@ def run_settings(args: UnlearnConfig) -> dict:
     idle -= {name for objective in objectives if objective for name in objective.settings}
     if not objectives.any("needs_reference"):
         idle |= {"reference", "reference_topk"}
-    if args.optim not in SOPHIA_NAMES:
-        idle |= {setting.name for setting in fields(SophiaArguments)}
+    if args.optim not in SOUL_NAMES:
+        idle |= {setting.name for setting in fields(SoulArguments)}
     own = [setting.name for setting in fields(args) if setting.name not in inherited | idle | {"overwrite"}]
-    return _plain({name: getattr(args, name) for name in own}) | training_settings(args)
+    values = {name: getattr(args, name) for name in own}
+    if args.optim in SOUL_NAMES:
+        values |= asdict(args.resolved())
+    return _plain(values) | training_settings(args)
 
 
 def _plain(values: dict) -> dict:

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .config import SOPHIA_NAMES, SophiaArguments, parse_optim_args
-from .engines import check_engine, find_sophia, prepare_deepspeed
-from .sophia import Sophia
+from .config import SOUL_NAMES, SoulArguments, parse_optim_args
+from .engines import check_engine, find_soul, prepare_deepspeed
+from .optim import RULES, Sophia, Soul
 
 
 logger = logging.get_logger(__name__)
@@ -34,10 +34,10 @@ _SHORT_DTYPES = (torch.bfloat16, torch.float16)
 
 def register() -> None:
     """Makes `TrainingArguments(optim="soul")` (alias `"sophia"`) valid. Calling it again changes nothing."""
-    for name in SOPHIA_NAMES:
+    for name in SOUL_NAMES:
         if name not in OptimizerNames._value2member_map_:
             extend_enum(OptimizerNames, name.upper(), name)
-        trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _sophia_handler
+        trainer_optimizer._OPTIMIZER_HANDLERS[OptimizerNames(name)] = _handler
     # A process that unpickles our names, as a spawned worker, may not have imported this package yet.
     copyreg.pickle(OptimizerNames, _reduce_name)
     if SophiaCallback not in trainer.DEFAULT_CALLBACKS:
@@ -50,19 +50,20 @@ def optimizer_name(value: str) -> OptimizerNames:
 
 
 def _reduce_name(name: OptimizerNames) -> tuple:
-    return (optimizer_name if name.value in SOPHIA_NAMES else OptimizerNames), (name.value,)
+    return (optimizer_name if name.value in SOUL_NAMES else OptimizerNames), (name.value,)
 
 
-def _settings(args: TrainingArguments) -> SophiaArguments:
-    if isinstance(args, SophiaArguments):
+def _settings(args: TrainingArguments) -> SoulArguments:
+    if isinstance(args, SoulArguments):
         return args
-    settings = SophiaArguments(**parse_optim_args(args.optim_args))
+    settings = SoulArguments(**parse_optim_args(args.optim_args))
     settings.check()
     return settings
 
 
-def _sophia_handler(context: trainer_optimizer.OptimizerContext) -> tuple[type[Sophia], dict]:
-    return Sophia, {**context.optimizer_kwargs, **_settings(context.args).optimizer_kwargs()}
+def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[type[Soul], dict]:
+    settings = _settings(context.args).optimizer_kwargs()
+    return Soul if "rule" in settings else Sophia, {**context.optimizer_kwargs, **settings}
 
 
 class SophiaCallback(TrainerCallback):
@@ -76,7 +77,7 @@ class SophiaCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Checks the settings and the engine."""
-        if args.optim in SOPHIA_NAMES:
+        if args.optim in SOUL_NAMES:
             _settings(args)
             check_engine(AcceleratorState())
             prepare_deepspeed(args)
@@ -85,7 +86,7 @@ class SophiaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ) -> None:
         """Says what Sophia does by itself, once other callbacks had their chance to take that over."""
-        sophia = find_sophia(optimizer)
+        sophia = find_soul(optimizer)
         if sophia is None or self.has_told or not state.is_world_process_zero:
             return
         self.has_told = True
@@ -106,10 +107,11 @@ class SophiaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ) -> None:
         """Refuses to take the first step by nothing but signs."""
-        sophia = find_sophia(optimizer)
+        sophia = find_soul(optimizer)
         if sophia is None or state.global_step or sophia.param_groups[0]["hessian_interval"]:
             return
-        if not any(float(held["hessian_weight"]) for held in sophia.state.values()):
+        has_hessian = RULES[sophia.param_groups[0]["rule"]].has_hessian
+        if has_hessian and not any(float(held["hessian_weight"]) for held in sophia.state.values()):
             raise ValueError(
                 "`hessian_interval=0` leaves the Hessian to HessianCallback, and there is none: Sophia would be sign "
                 "descent. Add the callback, or set an interval >= 1."

@@ -46,6 +46,7 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
             engines.check_trainer(self, self.engine)
             drop_from_rows(self.train_dataset)
             self.renew_callbacks()
+        self.args.fill_learning_rate(self.model.config.get_text_config().hidden_size)
         self.retain_weight = self.args.retain_weight
         self.clear_losses()
         # Before a checkpoint is loaded: the reference is the model that training began with.

@@ -22,15 +22,15 @@ from .formats import longest_row, prepare
 from .halves import count_answers
 from .objectives import Objectives, l1_norm
 from .pairing import make_pairs, warn_of_common_rows
-from .perturbation import SharpnessAwareMixin
 from .records import record_run
 from .reference import Reference, forward_halves, needs_model
 from .reference_rows import RowForward, keep_with_rows
 from .runs import RunMixin
+from .steps import StepMixin
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
-class UnlearnTrainer(SharpnessAwareMixin, RunMixin, Trainer):
+class UnlearnTrainer(StepMixin, RunMixin, Trainer):
     """
     Makes a causal language model forget some rows and keep others.
 
@@ -149,7 +149,7 @@ class UnlearnTrainer(SharpnessAwareMixin, RunMixin, Trainer):
             is_repeated = self.engine.is_repeated(batch, is_last, num_pairs=len(self.train_dataset))
             counts += count_answers(batch, is_repeated).to(device)
         counts = self.engine.sum(counts)
-        self.find_perturbation(batches, counts)
+        self.begin_step(batches, counts)
         return batches, counts
 
     def compute_loss(
@@ -168,14 +168,13 @@ class UnlearnTrainer(SharpnessAwareMixin, RunMixin, Trainer):
         if "is_forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         halves, outputs = forward_halves(model, inputs, self.objectives, self.args, self.reference)
-        num_epochs = self.state.num_train_epochs if self.args.max_steps > 0 else self.args.num_train_epochs
-        schedule = RETAIN_WEIGHT_SCHEDULES[self.args.retain_weight_schedule]
-        retain_weight = self.retain_weight * schedule(self.state.epoch or 0.0, num_epochs)
+        # Directions are weighted where they are added, whatever the size of a gradient.
+        weights = (1.0, 1.0) if self.has_two_directions else (self.args.forget_weight, self.current_retain_weight())
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
         bad_rows = []
         for name, objective, weight, half, counts in (
-            ("forget", self.objectives.forget, self.args.forget_weight, halves[0], num_items_in_batch[0]),
-            ("retain", self.objectives.retain, retain_weight, halves[1], num_items_in_batch[1]),
+            ("forget", self.objectives.forget, weights[0], halves[0], num_items_in_batch[0]),
+            ("retain", self.objectives.retain, weights[1], halves[1], num_items_in_batch[1]),
         ):
             if objective is None or not len(half.rows):
                 continue
@@ -186,12 +185,18 @@ class UnlearnTrainer(SharpnessAwareMixin, RunMixin, Trainer):
             self.step_losses[f"{name}_loss"] += component.detach()
             self._component_sums[f"{name}_loss"] += component.detach()
         engines.stop_at_rows(self, self.engine, bad_rows)
-        if self.args.l1_weight:
-            # Once a step, whatever the number of micro-batches and processes.
+        if self.args.l1_weight and (len(halves[1].rows) or not self.has_two_directions):
+            # Once a step, whatever the number of micro-batches and processes; weights are to be kept small.
             share = self.current_gradient_accumulation_steps * self.engine.num_processes
             loss = loss + self.args.l1_weight * l1_norm(model.parameters()) / share
         loss = loss * self.engine.loss_factor
         return (loss, outputs) if return_outputs else loss
+
+    def current_retain_weight(self) -> float:
+        """The weight of the retain loss, or of its direction, at this point of its schedule."""
+        num_epochs = self.state.num_train_epochs if self.args.max_steps > 0 else self.args.num_train_epochs
+        schedule = RETAIN_WEIGHT_SCHEDULES[self.args.retain_weight_schedule]
+        return self.retain_weight * schedule(self.state.epoch or 0.0, num_epochs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `forget_loss` and `retain_loss`, the means since the last log, to the training loss."""

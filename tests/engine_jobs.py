@@ -100,7 +100,8 @@ class Job:
             "disable_tqdm": True,
             "seed": 0,
         }
-        own = {} if self.is_plain else {"rho": 10.0, "eps": 1e-3, "hessian_interval": 3, "hessian_batch_size": 5}
+        own = {"rule": "sophia", "rho": 10.0, "eps": 1e-3, "hessian_interval": 3, "hessian_batch_size": 5}
+        own = {} if self.is_plain or "rule" in self.changes else own
         return {**shared, **own, **self.changes}
 
     def dtype(self, engine: str) -> torch.dtype:
@@ -134,6 +135,7 @@ def lora(**settings) -> LoraConfig:
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 SHARPNESS_AWARE = {"sam_radius": 0.1}
 MASKED = {"weight_mask": "wagle", "weight_mask_share": 0.5, "wagle_curvature": 1e-3}
+TWO_DIRECTIONS = {"rule": "diagonal", "forget_loss": "ga", "hessian_batch_size": 5}
 # DeepSpeed gives out no gradients between two steps.
 NOT_UNDER_DEEPSPEED = ("sam", "sam_lora", "wagle", "wagle_lora")
 JOBS = {
@@ -171,6 +173,10 @@ JOBS = {
     "sam_lora": Job({**SHARPNESS_AWARE, **SAVING}, peft=lora, resumes=True),
     "wagle": Job({**SAVING, **MASKED, "weight_decay": 0.1}, resumes=True),
     "wagle_lora": Job({**SAVING, **MASKED, "gradient_accumulation_steps": 2}, micro_batch=2, peft=lora, resumes=True),
+    "two_directions": Job({**TWO_DIRECTIONS, **SAVING, "gradient_accumulation_steps": 2}, micro_batch=2, resumes=True),
+    "two_lora": Job({**TWO_DIRECTIONS, "rule": "none", "forget_loss": "dpo"}, peft=lora),
+    "kronecker": Job({**TWO_DIRECTIONS, **SAVING, "rule": "kronecker"}, resumes=True),
+    "trust_region": Job({**TWO_DIRECTIONS, "rule": "kronecker", "retain_loss": "curvature", "weight_decay": 0.0}),
     "pattern": Job({"trainable_parameters": "mlp|norm", "frozen_parameters": r"layers\.0\."}),
 }
 
@@ -217,7 +223,8 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
 def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     # ZeRO keeps a state, of zeros, for parameters that never had a gradient.
     assert set(expected) <= set(found) and not any(found[name].any() for name in set(found) - set(expected))
-    return max(float((found[name] - value).norm() / value.norm().clamp_min(1e-30)) for name, value in expected.items())
+    distances = {name: (found[name] - value).norm() / value.norm().clamp_min(1e-30) for name, value in expected.items()}
+    return max(map(float, distances.values()), default=0.0)
 
 
 def save_models(folder: Path) -> None:

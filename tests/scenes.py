@@ -36,12 +36,13 @@ def scene_model(seed: int = 0, **settings):
 
 
 def scene_config(output_dir, **settings) -> UnlearnConfig:
-    """Two epochs of two steps, with a Hessian that is neither all clipped nor idle."""
+    """Two epochs of two steps of the published rule, with a Hessian that is neither all clipped nor idle."""
     defaults = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "learning_rate": 1e-2,
+        "rule": "sophia",
         "rho": 1.0,
         "hessian_interval": 2,
         "hessian_batch_size": 6,

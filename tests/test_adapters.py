@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from scenes import largest_difference, scene_model, scene_trainer, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 
 
 INPUTS = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
@@ -42,7 +42,7 @@ def test_an_adapter_alone_has_state_is_its_own_reference_and_can_be_merged(tmp_p
     )
     frozen = {name: weight for name, weight in weights(trainer.model).items() if "lora_" not in name}
     trainer.train()
-    model, sophia = trainer.model, find_sophia(trainer.optimizer)
+    model, sophia = trainer.model, find_soul(trainer.optimizer)
     adapters = {name for name, parameter in model.named_parameters() if "lora_" in name}
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {names[parameter] for parameter in sophia.state} == adapters != set()
@@ -77,7 +77,7 @@ def test_tied_and_frozen_parameters_have_one_state_or_none(tmp_path):
     before = weights(model)
     trainer = scene_trainer(tmp_path, model)
     trainer.train()
-    sophia, after = find_sophia(trainer.optimizer), weights(model)
+    sophia, after = find_soul(trainer.optimizer), weights(model)
     assert len(sophia.state) == sum(parameter.requires_grad for parameter in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert int(sophia.state[model.lm_head.weight]["step"]) == trainer.state.global_step

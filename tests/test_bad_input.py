@@ -18,7 +18,7 @@ from scenes import (
 from transformers import AutoModelForCausalLM, Seq2SeqTrainingArguments
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 from soul_trainer.formats import prepare
 
 
@@ -107,7 +107,7 @@ def test_a_refresh_that_is_not_finite_leaves_the_hessian_alone(tmp_path, estimat
     with pytest.raises(FloatingPointError, match="refresh is not finite at row 5 of `retain_dataset`.*checkpoint-0"):
         trainer.train()
     assert largest_finite(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-0"))) < 10
-    assert not find_sophia(trainer.optimizer).state
+    assert not find_soul(trainer.optimizer).state
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

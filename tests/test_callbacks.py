@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from soul_trainer import HessianCallback
 from soul_trainer.curvature import estimate_hessian
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 
 
 def hessian_callback(trainer) -> HessianCallback:
@@ -49,7 +49,7 @@ def test_once_is_the_plain_mean_over_the_rows(tmp_path):
     settings = {"hessian_interval": 0, "hessian_estimator": "empirical_fisher", "hessian_batch_size": 5}
     trainer = scene_trainer(tmp_path, max_steps=1, learning_rate=0.0, **settings)
     trainer.train()
-    sophia, callback = find_sophia(trainer.optimizer), hessian_callback(trainer)
+    sophia, callback = find_soul(trainer.optimizer), hessian_callback(trainer)
     parameters = [p for group in sophia.param_groups for p in group["params"]]
     means = [torch.zeros_like(p) for p in parameters]
     rows = callback._sample(draw=0, num_rows=16)
@@ -116,7 +116,7 @@ class HessianOfTheFirstStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step == 0:
-            states = find_sophia(optimizer).state.values()
+            states = find_soul(optimizer).state.values()
             self.hessian = [held["hessian"].clone() for held in states]
             self.weights = {float(held["hessian_weight"]) for held in states}
 

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from soul_eval.settings_files import DEFAULTS_FILE, SettingsParser, settings_file
 from soul_trainer import UnlearnConfig
-from soul_trainer.config import SOPHIA_NAMES
+from soul_trainer.config import SOUL_NAMES
 from soul_trainer.objectives import FORGET_LOSSES
 
 
@@ -93,7 +93,7 @@ def test_a_file_says_where_it_is_from_and_is_named_by_the_rule(path):
         assert content["report_to"] == "none"
         return
     optimizer, _, loss = path.stem.partition("_")
-    assert optimizer in ("soul", "adamw") and (content["optim"] in SOPHIA_NAMES) == (optimizer == "soul")
+    assert optimizer in ("soul", "adamw") and (content["optim"] in SOUL_NAMES) == (optimizer == "soul")
     if loss in FORGET_LOSSES:
         assert content["forget_loss"] == loss
         assert settings_file(path.parent, optimizer, loss) == path

@@ -11,7 +11,7 @@ from scenes import FORGET, RETAIN, scene_model, scene_tokenizer
 from subprocesses import RUNNER, TWO_PROCESSES, python, succeeded
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -155,7 +155,7 @@ def test_a_sequence_to_sequence_trainer_makes_sophia(tmp_path):
     )
     trainer = Seq2SeqTrainer(T5ForConditionalGeneration(config), args, train_dataset=rows, eval_dataset=rows)
     trainer.train()
-    sophia = find_sophia(trainer.optimizer)
+    sophia = find_soul(trainer.optimizer)
     assert len(sophia.state) == len(list(trainer.model.parameters())) and sophia.defaults["rho"] == 2
     for state in sophia.state.values():
         assert float(state["hessian_weight"]) == pytest.approx(1 - 0.95**2) and state["hessian"].any()

@@ -117,7 +117,7 @@ import gc, json, os, sys
 import deepspeed, torch
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
-from soul_trainer.sophia import Sophia
+from soul_trainer.optim import Sophia
 
 def bytes_of_tensors():
     sizes = {}

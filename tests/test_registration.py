@@ -11,10 +11,10 @@ from scenes import FORGET, RETAIN, scene_model, scene_tokenizer
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import soul_trainer
-from soul_trainer import HessianCallback, Sophia, SophiaArguments, UnlearnConfig
+from soul_trainer import HessianCallback, Sophia, SoulArguments, UnlearnConfig
 from soul_trainer.collator import UnlearnCollator
 from soul_trainer.config import parse_optim_args
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 from soul_trainer.formats import prepare
 
 
@@ -34,7 +34,7 @@ def test_a_plain_trainer_makes_sophia_and_it_refreshes_itself(tmp_path, name):
     """Would catch a name that only our trainer knows, and a Sophia whose Hessian stays zero: sign descent."""
     trainer = plain_trainer(tmp_path, optim=name)
     trainer.train()
-    sophia = find_sophia(trainer.optimizer)
+    sophia = find_soul(trainer.optimizer)
     assert isinstance(sophia, Sophia) and sophia.defaults["rho"] == 0.5
     decays = {group["weight_decay"] for group in sophia.param_groups}
     assert decays == {0.0}
@@ -85,7 +85,7 @@ def test_optim_args_fill_the_fields_of_the_configuration(tmp_path):
 def test_optim_args_of_other_optimizers_are_left_alone(tmp_path):
     """Would catch our parser refusing the keys of an optimizer that is not ours."""
     config = UnlearnConfig(output_dir=str(tmp_path), optim="adamw_torch", optim_args="fused=true")
-    assert config.rho == SophiaArguments().rho
+    assert config.rho == SoulArguments().rho
 
 
 @pytest.mark.parametrize("text", ["rho", "rho=", "=3", "rho=x", "hessian_interval=1.5", "bias_correction=perhaps"])
@@ -172,8 +172,8 @@ def test_hyperparameter_search_runs_every_trial_with_sophia(tmp_path):
 
     class Watch(TrainerCallback):
         def on_train_end(self, args, state, control, optimizer=None, **kwargs):
-            group = find_sophia(optimizer).param_groups[0]
-            seen.append((group["initial_lr"], group["rho"], len(find_sophia(optimizer).state)))
+            group = find_soul(optimizer).param_groups[0]
+            seen.append((group["initial_lr"], group["rho"], len(find_soul(optimizer).state)))
 
     trainer = plain_trainer(tmp_path, callbacks=[Watch()], eval_strategy="no")
     trainer.model_init, trainer.eval_dataset = (lambda trial: scene_model()), trainer.train_dataset
@@ -198,5 +198,5 @@ def test_another_optimizer_may_wrap_itself(tmp_path):
         def optimizer(self):
             return self
 
-    assert find_sophia(Circle([torch.nn.Parameter(torch.ones(1))], lr=1.0)) is None
-    assert find_sophia(None) is None
+    assert find_soul(Circle([torch.nn.Parameter(torch.ones(1))], lr=1.0)) is None
+    assert find_soul(None) is None

@@ -22,7 +22,7 @@ from scenes import (
 from soul_eval.callback import EvalCallback
 from soul_eval.search import ForgetQualitySubjectToUtility, first_order_hp_space, hp_space, soul_hp_space
 from soul_trainer import UnlearnTrainer
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 
 
 SAMPLER = {"sampler": optuna.samplers.RandomSampler(0)}
@@ -84,7 +84,7 @@ def test_each_trial_is_the_run_that_its_settings_alone_would_be(tmp_path, method
     trainer, ends = searcher(tmp_path, arguments, **settings), []
 
     def objective(metrics):
-        rho = find_sophia(trainer.optimizer).param_groups[0]["rho"]
+        rho = find_soul(trainer.optimizer).param_groups[0]["rho"]
         ends.append((weights(trainer.model), rho, losses(trainer.state.log_history)))
         return metrics["eval_retain_loss"]
 
@@ -132,7 +132,7 @@ def test_a_search_finds_what_forgets_and_stays_useful(tmp_path):
 
     def watched(metrics):
         figures.append(metrics)
-        rhos.append(find_sophia(trainer.optimizer).param_groups[0]["rho"])
+        rhos.append(find_soul(trainer.optimizer).param_groups[0]["rho"])
         return objective(metrics)
 
     best = trainer.hyperparameter_search(

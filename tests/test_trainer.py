@@ -11,7 +11,7 @@ from scenes import FORGET, RETAIN, largest_difference, logged, scene_model, scen
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from soul_trainer import HessianCallback, Sophia, UnlearnTrainer
-from soul_trainer.engines import find_sophia
+from soul_trainer.engines import find_soul
 from soul_trainer.formats import encode, prepare, render
 from soul_trainer.pairing import paired_row
 from soul_trainer.refusals import REFUSALS
@@ -139,7 +139,7 @@ def test_plain_training_arguments_select_sophia(tmp_path):
     )
     trainer = UnlearnTrainer(scene_model(), args, FORGET, RETAIN, scene_tokenizer())
     trainer.train()
-    sophia = find_sophia(trainer.optimizer)
+    sophia = find_soul(trainer.optimizer)
     assert isinstance(sophia, Sophia)
     assert sophia.defaults["rho"] == 7.5 and sophia.defaults["betas"] == (0.9, 0.9)
     assert trainer.args.hessian_interval == 3
@@ -190,7 +190,7 @@ def test_an_adapter_is_its_own_reference_and_alone_has_state(tmp_path):
     assert isinstance(trainer.model, PeftModel) and trainer.reference.model is trainer.model
     assert torch.equal(trainer.reference.outputs(inputs).logits, expected)
     assert not torch.equal(trainer.model(**inputs).logits, expected)
-    trained = [name for name, p in trainer.model.named_parameters() if p in find_sophia(trainer.optimizer).state]
+    trained = [name for name, p in trainer.model.named_parameters() if p in find_soul(trainer.optimizer).state]
     assert trained and all("lora_" in name for name in trained)
     after = {
         name.replace("base_model.model.", "").replace(".base_layer", ""): p
@@ -259,7 +259,7 @@ def test_a_callback_added_by_hand_takes_over_in_a_plain_trainer(tmp_path):
     )
     trainer.add_callback(HessianCallback(trainer, rows))
     trainer.train()
-    sophia = find_sophia(trainer.optimizer)
+    sophia = find_soul(trainer.optimizer)
     assert all(group["hessian_interval"] is None for group in sophia.param_groups)
     refreshes = {round(float(state["hessian_weight"]), 6) for state in sophia.state.values()}
     assert refreshes == {round(1 - 0.95**2, 6)}

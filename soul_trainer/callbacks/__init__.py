@@ -3,7 +3,7 @@
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from ..config import SOPHIA_NAMES
+from ..config import SOUL_NAMES
 from .hessian import HessianCallback
 from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback
@@ -38,6 +38,6 @@ def callbacks_for(trainer: Trainer, retain: Dataset, forget: Dataset) -> list[Tr
         callbacks.append(PrimalDualCallback(trainer))
     if args.weight_mask != "none":
         callbacks.append(MaskCallback(trainer, retain, forget))
-    if args.optim in SOPHIA_NAMES:
+    if args.optim in SOUL_NAMES:
         callbacks.append(HessianCallback(trainer, retain, forget))
     return callbacks

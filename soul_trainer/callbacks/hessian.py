@@ -1,27 +1,34 @@
-"""When Sophia's Hessian is refreshed. How it is estimated is in `curvature.py`."""
+"""When the Hessian is refreshed. How it is estimated is in `curvature/`."""
 
+import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..config import SophiaArguments, parse_optim_args
-from ..curvature import describe_step, estimate_hessian, update_shares
-from ..engines import MOST_OVERFLOWS, check_estimator, find_sophia, make_engine, save_checkpoint
+from ..config import SoulArguments, parse_optim_args
+from ..curvature import estimate_hessian, linear_layers, measure_matrices, update_shares
+from ..curvature.file import load_curvature, load_matrices, save_matrices
+from ..curvature.layers import LayerStatistics
+from ..engines import MOST_OVERFLOWS, KeptWithCheckpoint, check_estimator, find_soul, make_engine, save_checkpoint
+from ..optim import RULES
 from ..random_state import forked_rng
 from .rows import micro_batches
 
 
 logger = logging.get_logger(__name__)
 
+MATRICES_FILE = "matrix_curvature.safetensors"
 
-class HessianCallback(TrainerCallback, ExportableState):
+
+class HessianCallback(KeptWithCheckpoint, ExportableState):
     """
-    Refreshes Sophia's Hessian before the first step and then every `hessian_interval` steps, and logs what the
-    curvature does:
+    Refreshes the Hessian before the first step and then every `hessian_interval` steps, or reads it from a file of
+    `curvature`, and logs what it does:
 
     - `curvature/clipped`: share of coordinates at the clip, in [0, 1]; 1 is sign descent, 0 is a Newton-like step.
     - `curvature/hessian_mean`: mean of the Hessian's diagonal.
@@ -40,9 +47,10 @@ class HessianCallback(TrainerCallback, ExportableState):
 
     def __init__(self, trainer: Trainer, retain: Dataset, forget: Dataset | None = None):
         args = trainer.args
-        is_configured = isinstance(args, SophiaArguments)
-        self.settings = args if is_configured else SophiaArguments(**parse_optim_args(args.optim_args))
-        self.settings.check()
+        is_configured = isinstance(args, SoulArguments)
+        settings = args if is_configured else SoulArguments(**parse_optim_args(args.optim_args))
+        settings.check()
+        self.settings = settings.resolved()
         sources = {"retain": {"retain": retain}, "forget": {"forget": forget}, "training": {}}
         sources["both"] = sources["retain"] | sources["forget"]
         self.sources = sources[self.settings.hessian_data]
@@ -62,31 +70,43 @@ class HessianCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Takes the refresh over from the optimizer."""
-        sophia = find_sophia(self.trainer.optimizer)
+        sophia = find_soul(self.trainer.optimizer)
         if sophia is None:
             raise ValueError(f"HessianCallback needs `optim='soul'`, but the optimizer is {args.optim}.")
+        sophia.partition = self.engine.partition(self.trainer.model, self.trainer.optimizer)
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         self.last_refresh = saved.get("attributes", {}).get("last_refresh")
         if self.settings.hessian_data == "training":
             return
         for group in sophia.param_groups:
             group["hessian_interval"] = None
-        interval = self.settings.hessian_interval
         if state.is_world_process_zero:
-            logger.warning(
-                f"Sophia's Hessian: {self.settings.hessian_estimator} on {self.settings.hessian_data} rows, "
-                + (f"every {interval} step(s)." if interval else "once.")
-            )
+            logger.warning(self._announcement())
+
+    def _announcement(self) -> str:
+        settings = self.settings
+        if not RULES[settings.rule].has_hessian:
+            return "Two directions without curvature." if settings.two_directions else "A step without curvature."
+        if settings.curvature:
+            return f"The Hessian ({settings.rule}): {settings.curvature}."
+        interval = settings.hessian_interval
+        name = "Sophia's Hessian" if settings.rule == "sophia" else f"The Hessian ({settings.rule})"
+        return f"{name}: {settings.hessian_estimator} on {settings.hessian_data} rows, " + (
+            f"every {interval} step(s)." if interval else "once."
+        )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refreshes if this step is due."""
         interval, step = self.settings.hessian_interval, state.global_step
-        if not self.sources or step == self.last_refresh or (step % interval if interval else step):
+        has_hessian = self.sources and RULES[self.settings.rule].has_hessian
+        if not has_hessian or step == self.last_refresh or (step % interval if interval else step):
             return
         start = time.perf_counter()
         try:
             with forked_rng():
-                if interval:
+                if self.settings.curvature:
+                    self._read_curvature()
+                elif interval:
                     self._estimate(draw=step, rows=self._sample(step), decay=None)
                 else:
                     self._estimate_once()
@@ -98,7 +118,7 @@ class HessianCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Remembers the learning rates of the step, which the scheduler changes before the step is logged."""
-        self.learning_rates = [group["lr"] for group in find_sophia(self.trainer.optimizer).param_groups]
+        self.learning_rates = [group["lr"] for group in find_soul(self.trainer.optimizer).param_groups]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Forgets the last refresh, whose step another training would take for one of its own."""
@@ -113,7 +133,7 @@ class HessianCallback(TrainerCallback, ExportableState):
 
     def curvature(self) -> dict[str, float]:
         """The figures of the last step that the class lists."""
-        figures = describe_step(self.trainer.model, self.trainer.optimizer, self.learning_rates, self.engine)
+        figures = find_soul(self.trainer.optimizer).describe(self.learning_rates)
         totals = {key: sum(row[key] for row in figures.values()) for key in ("count", "clipped", "hessian")}
         squares = {name: row["squared"] for name, row in figures.items()}
         shares = update_shares(squares)
@@ -141,13 +161,48 @@ class HessianCallback(TrainerCallback, ExportableState):
         return [rows[index] for index in chosen]
 
     def _estimate_once(self) -> None:
-        """The plain mean of estimates over one pass."""
+        """The plain mean of estimates over one pass, or over two where matrices have curvature of their own."""
         size = self.settings.hessian_batch_size
         rows = self._sample(draw=0, num_rows=self.settings.hessian_rows or len(self._all_rows()))
-        for draw, start in enumerate(range(0, len(rows), size)):
-            self._estimate(draw, rows[start : start + size], decay=draw / (draw + 1))
+        draws = itertools.count()
 
-    def _estimate(self, draw: int, rows: list[tuple[str, int]], decay: float | None) -> None:
+        def estimate(statistics: LayerStatistics | None = None) -> None:
+            for start in range(0, len(rows), size):
+                draw = next(draws)
+                self._estimate(draw, rows[start : start + size], draw / (draw + 1), statistics)
+
+        if self.settings.rule != "kronecker":
+            estimate()
+            return
+        layers = linear_layers(self.trainer.model)
+        matrices = measure_matrices(layers, estimate, self.engine, self.settings.curvature_rank)
+        find_soul(self.trainer.optimizer).matrices = matrices
+
+    def _read_curvature(self) -> None:
+        found = load_curvature(self.settings.curvature, self.settings.curvature_rank)
+        soul = find_soul(self.trainer.optimizer)
+        soul.set_hessian(found.diagonals)
+        if self.settings.rule == "kronecker":
+            soul.matrices = found.matrices
+
+    def save_to(self, folder: str | Path) -> None:
+        """Keeps the curvature of matrices with a checkpoint, whose weights are no longer those that it is of."""
+        matrices = find_soul(self.trainer.optimizer).matrices
+        if matrices and self.trainer.is_world_process_zero():
+            save_matrices(Path(folder) / MATRICES_FILE, matrices)
+
+    def load_from(self, folder: str | Path) -> None:
+        """Takes it up."""
+        if self.settings.rule == "kronecker":
+            find_soul(self.trainer.optimizer).matrices = load_matrices(Path(folder) / MATRICES_FILE)
+
+    def _estimate(
+        self,
+        draw: int,
+        rows: list[tuple[str, int]],
+        decay: float | None,
+        statistics: LayerStatistics | None = None,
+    ) -> None:
         trainer = self.trainer
         items = [{half: self.sources[half][row]} for half, row in rows]
         batches = micro_batches(trainer, self.engine, items)
@@ -163,6 +218,7 @@ class HessianCallback(TrainerCallback, ExportableState):
                 draw=draw,
                 decay=decay,
                 engine=self.engine,
+                statistics=statistics,
             )
             if is_done:
                 return

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn import Module
 
-from .base import MOST_OVERFLOWS, Engine, GradientError, find_sophia, trained_parameters
+from .base import MOST_OVERFLOWS, Engine, GradientError, find_soul, trained_parameters
 from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, whole_checkpoint
 from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
 from .deepspeed import DeepSpeedEngine
@@ -36,7 +36,7 @@ __all__ = [
     "check_estimator",
     "check_trainer",
     "damage_of",
-    "find_sophia",
+    "find_soul",
     "make_engine",
     "prepare_deepspeed",
     "rows_per_forward",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -10,26 +9,11 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from ..batch import parts_of
-from ..sophia import Sophia
+from ..optim import Partition, Soul
 
 
 class GradientError(FloatingPointError):
     """A gradient is not finite, while the losses are."""
-
-
-class LocalState(NamedTuple):
-    """
-    What one process holds of Sophia's state of one parameter.
-
-    Attributes:
-        name (`str`): The parameter's, in the model.
-        group (`int`): Its place among the optimizer's parameter groups.
-        state (`dict[str, torch.Tensor]`): `exp_avg` and `hessian`, without padding, and `hessian_weight`.
-    """
-
-    name: str
-    group: int
-    state: dict[str, Tensor]
 
 
 # Float16's loss scale is halved by each: from 2^16, where it starts, to where none is left.
@@ -120,7 +104,7 @@ class Engine:
 
         Args:
             loss (`torch.FloatTensor` of shape `()`): This process's part of a mean.
-            is_last (`bool`): Whether no further micro-batch follows before [`Engine.refresh`].
+            is_last (`bool`): Whether no further micro-batch follows before [`Engine.fold`].
         """
         loss = loss * self.loss_factor
         if self.accelerator is None:
@@ -219,35 +203,45 @@ class Engine:
         """This process's part of a tensor of the parameter's shape; undoes [`Engine.whole`]."""
         return whole
 
-    def refresh(self, optimizer: torch.optim.Optimizer, scale: float, decay: float | None, square: bool) -> bool:
+    def fold(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inside: Callable[[Soul], AbstractContextManager],
+        max_grad_norm: float = 0.0,
+    ) -> bool:
         """
-        Sends the gradients through the engine's own step into the Hessian.
+        Sends the gradients through the engine's own step into what the optimizer keeps, moving nothing.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): [`~optim.Soul`], or the engine's wrapper of it.
+            inside (`Callable`): Enters the context of the optimizer in which its step moves nothing.
+            max_grad_norm (`float`, *optional*, defaults to 0.0): Clips the gradients before; 0 does not.
 
         Returns:
             `bool`: False if the engine skipped the step, because float16 overflowed: its loss scale is lower now.
         """
-        sophia = find_sophia(optimizer)
+        soul = find_soul(optimizer)
         if self.accelerator is None:
-            sophia.update_hessian(scale, decay, square)
+            with inside(soul):
+                soul.step()
             return True
         state = self.accelerator.gradient_state
         # At the first micro-batch of an accumulation the Trainer has this off. Left on, it would step alone.
         sync_gradients = state.sync_gradients
         state._set_sync_gradients(True)
         try:
-            with sophia.hessian_refresh(scale, decay, square):
+            if max_grad_norm > 0:
+                parameters = [p for group in soul.param_groups for p in group["params"]]
+                self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
+            with inside(soul):
                 optimizer.step()
         finally:
             state._set_sync_gradients(sync_gradients)
         return not optimizer.step_was_skipped
 
-    def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:
-        """This process's part of Sophia's state of each parameter that has one."""
-        sophia = find_sophia(optimizer)
-        groups = {param: index for index, group in enumerate(sophia.param_groups) for param in group["params"]}
-        for name, param in model.named_parameters():
-            if "exp_avg" in sophia.state.get(param, {}):
-                yield LocalState(name, groups[param], self.local(sophia.state[param]))
+    def partition(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Partition:
+        """Whose tensors the optimizer's parameters hold, for a model that the Trainer has prepared."""
+        return Partition({parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
     def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parts of a parameter's state that this process holds."""
@@ -277,10 +271,10 @@ def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def find_sophia(optimizer: torch.optim.Optimizer | None) -> Sophia | None:
-    """The [`Sophia`] inside the wrappers of an engine, or `None` if another optimizer runs."""
+def find_soul(optimizer: torch.optim.Optimizer | None) -> Soul | None:
+    """The [`~optim.Soul`] inside the wrappers of an engine, or `None` if another optimizer runs."""
     wrappers = []  # which a foreign optimizer may have in a circle
-    while not isinstance(optimizer, Sophia | None) and optimizer not in wrappers:
+    while not isinstance(optimizer, Soul | None) and optimizer not in wrappers:
         wrappers.append(optimizer)
         optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer if isinstance(optimizer, Sophia) else None
+    return optimizer if isinstance(optimizer, Soul) else None

@@ -1,9 +1,9 @@
 """
-DeepSpeed ZeRO. The engine owns gradients, optimizer and step; its optimizer holds Sophia, whose parameters are flat
+DeepSpeed ZeRO. The engine owns gradients, optimizer and step; its optimizer holds ours, whose parameters are flat
 partitions: of a whole parameter group in stages 1 and 2, of each parameter by itself in stage 3.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .base import Engine, LocalState, find_sophia
+from ..optim import Partition, Section, Soul
+from .base import Engine, find_soul
 
 
 # What a step of the engine counts. A refresh is no step of training, so it puts them back.
@@ -51,8 +52,13 @@ class DeepSpeedEngine(Engine):
         """The engine has no gradients between two steps, and none can be put back in the middle of one."""
         yield []
 
-    def refresh(self, optimizer: torch.optim.Optimizer, scale: float, decay: float | None, square: bool) -> bool:
-        """Sends the gradients through the engine's step, with its clipping off and its counters put back."""
+    def fold(
+        self,
+        optimizer: torch.optim.Optimizer,
+        inside: Callable[[Soul], AbstractContextManager],
+        max_grad_norm: float = 0.0,
+    ) -> bool:
+        """Sends the gradients through the engine's step, with its clipping as asked and its counters put back."""
         engine = self.deepspeed
         counters = {name: getattr(engine, name) for name in _COUNTERS}
         clipped = [(engine.optimizer, "clip_grad"), (engine._config, "gradient_clipping")]
@@ -60,8 +66,8 @@ class DeepSpeedEngine(Engine):
         try:
             engine.lr_scheduler = None
             for owner, name, _ in clipping:
-                setattr(owner, name, 0.0)
-            with find_sophia(optimizer).hessian_refresh(scale, decay, square):
+                setattr(owner, name, max_grad_norm)
+            with inside(find_soul(optimizer)):
                 engine.step()
             return engine.was_step_applied()
         finally:
@@ -70,37 +76,37 @@ class DeepSpeedEngine(Engine):
             for name, value in counters.items():
                 setattr(engine, name, value)
 
-    def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:
-        """The parts of the flat partitions that belong to each parameter."""
-        zero, sophia = self.deepspeed.optimizer, find_sophia(optimizer)
-        for name, param in model.named_parameters():
-            place = self._place_in_partition(zero, param) if param.requires_grad else None
-            if place is None:
-                continue
-            flat, group, start, count = place
-            if "exp_avg" in sophia.state.get(flat, {}):
-                whole = sophia.state[flat]
-                parts = {key: whole[key].narrow(0, start, count) for key in ("exp_avg", "hessian")}
-                yield LocalState(name, group, {**parts, "hessian_weight": whole["hessian_weight"]})
+    def partition(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Partition:
+        """Where each parameter lies in the flat partitions."""
+        zero = self.deepspeed.optimizer
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        sections: dict[Tensor, list[Section]] = {}
+        for name, param in named:
+            flat, start, count, offset = self._place_in_partition(zero, param)
+            shape = param.ds_shape if self.stage == 3 else param.shape
+            sections.setdefault(flat, []).append(Section(name, shape, (start, count), offset))
+        return FlatPartition(sections, self.sum, self.accelerator.device)
 
-    def _place_in_partition(self, zero: Any, param: Tensor) -> tuple[Tensor, int, int, int] | None:
-        """Flat partition, parameter group, first element and number of elements, or `None` if nothing is here."""
+    def _place_in_partition(self, zero: Any, param: Tensor) -> tuple[Tensor, int, int, int]:
+        """The flat partition, first element and number of elements in it, and the first one's place in the tensor."""
         if self.stage == 3:
             sub_group, start, _ = zero.grad_position[zero.get_param_id(param)]
             part = param.ds_tensor.ds_numel
+            offset = part * self.process_index
             # The last processes' parts are padded to the others' size.
-            count = max(0, min(part, param.ds_numel - part * self.process_index))
-            return zero.fp32_partitioned_groups_flat[sub_group], zero.sub_group_to_group_id[sub_group], start, count
-        mapping = getattr(param, "_hp_mapping", None)
+            count = max(0, min(part, param.ds_numel - offset))
+            return zero.fp32_partitioned_groups_flat[sub_group], start, count, offset
+        flats, mapping = self._flat_partitions(zero), getattr(param, "_hp_mapping", None)
         if mapping is None:
-            return None
-        flat = self._flat_partitions(zero)[mapping.param_group_index]
+            groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+            group = next(index for index, params in enumerate(groups) if any(param is other for other in params))
+            return flats[group], 0, 0, 0
         address = mapping.hp_fragment_address
-        return flat, mapping.param_group_index, address.start, address.numel
+        return flats[mapping.param_group_index], address.start, address.numel, mapping.lp_fragment_address.start
 
     @staticmethod
     def _flat_partitions(zero: Any) -> list[Tensor]:
-        """Sophia's parameters: ZeRO's own, or those of the optimizer that sums bfloat16 gradients in float32."""
+        """The optimizer's parameters: ZeRO's own, or those of the optimizer that sums bfloat16 gradients in float32."""
         name = "single_partition_of_fp32_groups"
         return getattr(zero, name) if hasattr(zero, name) else zero.fp32_groups_flat_partition
 
@@ -115,3 +121,44 @@ class DeepSpeedEngine(Engine):
             self.deepspeed.optimizer._partition_all_parameters()
             # ZeRO++ keeps a second copy from a step's first forward, which is a reference's, for the backward.
             self.deepspeed.optimizer.invalidate_secondary_tensor()
+
+
+class FlatPartition(Partition):
+    """
+    Flat parameters that hold parts of many tensors.
+
+    Args:
+        sections (`dict[torch.Tensor, list[Section]]`):
+            Of each flat parameter: the same tensors in the same order on every process, those of which nothing is here
+            with a count of zero.
+        total (`Callable`): Sums a tensor over processes.
+        device (`torch.device`): On which processes can sum.
+    """
+
+    def __init__(
+        self, sections: dict[Tensor, list[Section]], total: Callable[[Tensor], Tensor], device: torch.device
+    ):
+        super().__init__()
+        self._sections, self._total, self._device = sections, total, device
+
+    def sections(self, param: Tensor) -> list[Section]:
+        """Those of the tensors in the flat parameter; before the model is prepared, it is a tensor by itself."""
+        return self._sections.get(param) or super().sections(param)
+
+    def sum(self, params: list[Tensor], numbers: Tensor) -> Tensor:
+        """Over all processes, each of which holds other elements."""
+        return self._total(numbers.to(self._device)).to(numbers.device)
+
+    def params(self, groups: list[dict]) -> list[Tensor]:
+        """The flat parameters, which stage 3 gives to its groups for a step alone."""
+        return list(self._sections)
+
+    def part(self, param: Tensor, section: Section, whole: Tensor) -> Tensor:
+        """The elements that are here, flattened."""
+        return whole.flatten()[section.offset : section.offset + section.bounds[1]]
+
+    def apply(self, param: Tensor, section: Section, part: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Puts the whole tensor together, as a sum of parts beside zeros, on every process."""
+        whole = torch.zeros(section.shape.numel(), dtype=part.dtype, device=part.device)
+        whole[section.offset : section.offset + part.numel()] = part
+        return self.part(param, section, function(self.sum([param], whole).view(section.shape)))

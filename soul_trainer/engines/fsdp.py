@@ -3,7 +3,7 @@ FSDP2: each process holds a part of every parameter, as a DTensor. Two roads lea
 when the Trainer prepares it, or transformers does while loading it, `from_pretrained(..., distributed_config=...)`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .base import Engine, LocalState, trained_parameters
+from ..optim import Partition
+from .base import Engine, trained_parameters
 
 
 class FSDP2Engine(Engine):
@@ -65,10 +66,10 @@ class FSDP2Engine(Engine):
         sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         return sharded.to_local()
 
-    def local_states(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[LocalState]:
-        """As one process's, of the sharded parameters, which are those of the optimizer."""
+    def partition(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Partition:
+        """As one process's: the sharded parameters, which are those of the optimizer, say how they are spread."""
         reshard(model)
-        return super().local_states(model, optimizer)
+        return super().partition(model, optimizer)
 
     def forget_gathered(self, model: torch.nn.Module) -> None:
         """Frees the parameters that a forward left gathered, as those of the last module."""

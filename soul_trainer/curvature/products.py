@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import logging
 
-from .batch import IGNORE_INDEX, ForgetRetainBatch
-from .curvature import estimate_hessian
-from .log_probs import shift_labels, token_log_probs
-from .sophia import Sophia
+from ..batch import IGNORE_INDEX, ForgetRetainBatch
+from ..log_probs import shift_labels, token_log_probs
+from ..optim import Sophia
+from .estimators import estimate_hessian
 
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,13 @@
+"""
+A study of many runs: which family of optimizers forgets at the least cost, on which objective and task.
+
+| file | what |
+|---|---|
+| `records.py` | runs, one JSON line each |
+| `figures.py` | what a run costs at a given forgetting, the best setting, differences by seed |
+| `summary.py` | one row for every task, objective and family |
+| `tables.py` | the rows in Markdown |
+| `drawing.py` | held-out against forget probability in the course of training |
+
+A family's setting is chosen on the seeds of the search, and its figures are made of other seeds. Imports no torch.
+"""

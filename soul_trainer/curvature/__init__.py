@@ -1,0 +1,34 @@
+"""
+How the loss bends: everything that is measured of its curvature. It knows nothing of when.
+
+| file | what |
+|---|---|
+| `labels.py` | labels that are drawn, so that one squared gradient estimates curvature |
+| `estimators.py` | the diagonal, by backwards that any engine can reduce: one table of estimators |
+| `layers.py` | sums over the inputs and output gradients of linear layers, by hooks |
+| `kronecker.py` | eigenbases of these sums, second moments in them, and their inverse |
+| `measure.py` | the two passes over rows that give them |
+| `file.py` | all of it on disk |
+| `products.py` | the Gauss-Newton matrix itself, as products with vectors |
+| `report.py` | what a step did |
+"""
+
+from .estimators import ESTIMATORS, estimate_hessian
+from .file import Curvature, load_curvature, save_curvature
+from .kronecker import KroneckerCurvature
+from .layers import linear_layers
+from .measure import measure_matrices
+from .report import update_shares
+
+
+__all__ = [
+    "ESTIMATORS",
+    "Curvature",
+    "KroneckerCurvature",
+    "estimate_hessian",
+    "linear_layers",
+    "load_curvature",
+    "measure_matrices",
+    "save_curvature",
+    "update_shares",
+]

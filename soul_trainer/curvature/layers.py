@@ -1,0 +1,291 @@
+"""
+Sums over the inputs and output gradients of linear layers, taken by hooks while any backward runs.
+
+| sums | over | what for |
+|---|---|---|
+| [`Factors`] | positions | K-FAC's two factors, whose eigenvectors are the basis |
+| [`Moments`] | rows | EK-FAC's second moments of the weight's gradient in that basis |
+
+They are sums and not means, so that micro-batches and processes add up, and a pass that was cut off can go on.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+# What a chunk of rows may hold at once, in numbers: 256 MB of float32.
+CHUNK_NUMBERS = 2**26
+# What wrappers of modules, which keep the parameters, put into the names.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """
+    A weight, and the linear modules that use it.
+
+    Args:
+        modules (`tuple[torch.nn.Module, ...]`): More than one where modules share the weight.
+        in_features (`int`): Size of their inputs.
+        out_features (`int`): Size of their outputs.
+        transposed (`bool`): Whether the weight is `(in_features, out_features)`, as it is in GPT-2.
+        dtype (`torch.dtype`): Of the weight.
+        device (`torch.device`): Of the weight.
+    """
+
+    modules: tuple[nn.Module, ...]
+    in_features: int
+    out_features: int
+    transposed: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def linear_layers(model: nn.Module, max_size: int = 16384, trainable_only: bool = True) -> dict[str, Layer]:
+    """
+    Finds the weights that only linear modules use; a weight that is tied to an embedding is not among them. No value
+    or shape of a weight is read, because engines that shard leave empty ones behind.
+
+    Args:
+        model (`torch.nn.Module`): Unwrapped; its modules are those that the wrapped model runs.
+        max_size (`int`, *optional*, defaults to 16384): Layers with more inputs or outputs are left out.
+        trainable_only (`bool`, *optional*, defaults to `True`): Whether frozen weights are left out.
+
+    Returns:
+        `dict[str, Layer]`: By the weight's name among the model's parameters, in their order.
+    """
+    users: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            users.setdefault(parameter, []).append((module, attribute))
+    layers = {}
+    for name, parameter in model.named_parameters():
+        modules = tuple(module for module, _ in users[parameter])
+        sizes = {_sizes(module) if attribute == "weight" else None for module, attribute in users[parameter]}
+        # Of modules that disagree on the layout, or are not linear, nothing can be said in one basis.
+        if len(sizes) > 1 or None in sizes or (trainable_only and not parameter.requires_grad):
+            continue
+        in_features, out_features, transposed = sizes.pop()
+        if max(in_features, out_features) <= max_size:
+            plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+            layers[plain] = Layer(modules, in_features, out_features, transposed, parameter.dtype, parameter.device)
+    return layers
+
+
+def _sizes(module: nn.Module) -> tuple[int, int, bool] | None:
+    """Inputs, outputs and whether the weight lies transposed; None of a module that is not linear."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, False
+    # No model can hold one before transformers has been imported, so that this file need not import it.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and isinstance(module, conv1d):
+        return module.nx, module.nf, True
+    return None
+
+
+class Factors:
+    """
+    K-FAC's factors of one layer, summed over positions: `inputs` = sum a a^T `(in, in)`, `outputs` = sum g g^T
+    `(out, out)`, and `count`, the positions. Positions whose output gradient is exactly zero are left out: they are
+    padding, or no loss reaches them. (A row's first token attends to itself alone: its query's gradient is zero but
+    for rounding, and whether it counts in that layer depends on the rounding.)
+
+    Args:
+        layer ([`Layer`]): Gives the sizes and, if it is wider than float32, the dtype.
+        device (`torch.device`, *optional*): By default the weight's.
+    """
+
+    def __init__(self, layer: Layer, device: torch.device | None = None):
+        self.dtype = torch.promote_types(layer.dtype, torch.float32)
+        like = {"dtype": self.dtype, "device": device or layer.device}
+        self.inputs = torch.zeros(layer.in_features, layer.in_features, **like)
+        self.outputs = torch.zeros(layer.out_features, layer.out_features, **like)
+        self.count = torch.zeros((), dtype=torch.int64, device=like["device"])
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds inputs `(..., in)` and the gradients `(..., out)` of the summed loss in the outputs."""
+        inputs, gradients = inputs.flatten(0, -2), gradients.flatten(0, -2)
+        is_used = (gradients != 0).any(1)
+        inputs, gradients = inputs[is_used].to(self.dtype), gradients[is_used].to(self.dtype)
+        self.inputs.addmm_(inputs.T, inputs)
+        self.outputs.addmm_(gradients.T, gradients)
+        self.count += len(inputs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums themselves, by name."""
+        return {"inputs": self.inputs, "outputs": self.outputs, "count": self.count}
+
+
+class Moments:
+    """
+    EK-FAC's second moments of one layer. A row n, a sequence, has the weight's gradient W_n = G_n^T A_n `(out, in)`,
+    with G_n `(tokens, out)` the output gradients and A_n `(tokens, in)` the inputs, and C_n = U_G^T W_n U_A in the
+    basis. Summed over rows:
+
+    | name | sum of | shape |
+    |---|---|---|
+    | `values` | C_n^2, entry by entry | `(outputs kept, inputs kept)` |
+    | `output_totals` | the squared norms of the rows of U_G^T W_n: over all inputs | `(outputs kept,)` |
+    | `input_totals` | the squared norms of the columns of W_n U_A: over all outputs | `(inputs kept,)` |
+    | `total` | the squared norm of W_n | `()` |
+
+    The totals say how much lies outside the basis where it keeps only some directions.
+
+    Squares of whole rows are right though a row holds many tokens: with sampled labels (or random signs) the gradient
+    of a token's loss has mean zero, whatever the other tokens' labels are (Bartlett), so the cross terms between the
+    tokens' losses vanish in expectation, and the squared gradient of the row's summed loss estimates the sum over its
+    tokens of the squared gradients without bias. Squares of single positions would not do: one token's loss reaches
+    the weight by many positions, and these terms belong together.
+
+    Inputs `(tokens, in)` without a dimension of rows, as an expert gets them from a router, leave no choice: each
+    position is a row then. The modules of a shared weight, too, count each as rows of their own.
+
+    Args:
+        layer ([`Layer`]): The layer.
+        input_vectors (`torch.FloatTensor` of shape `(in, inputs kept)`): U_A, orthonormal columns.
+        output_vectors (`torch.FloatTensor` of shape `(out, outputs kept)`): U_G, orthonormal columns.
+    """
+
+    def __init__(self, layer: Layer, input_vectors: Tensor, output_vectors: Tensor):
+        if (len(input_vectors), len(output_vectors)) != (layer.in_features, layer.out_features):
+            raise ValueError(
+                f"The eigenvectors are of a layer of {len(input_vectors)} inputs and {len(output_vectors)} outputs, "
+                f"and this one has {layer.in_features} and {layer.out_features}."
+            )
+        self.transposed = layer.transposed
+        self.input_vectors, self.output_vectors = input_vectors, output_vectors
+        self.dtype = input_vectors.dtype
+        self.values = input_vectors.new_zeros(output_vectors.shape[1], input_vectors.shape[1])
+        self.output_totals = input_vectors.new_zeros(output_vectors.shape[1])
+        self.input_totals = input_vectors.new_zeros(input_vectors.shape[1])
+        self.total = input_vectors.new_zeros(())
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Adds inputs `(rows, tokens, in)` or `(tokens, in)` and the gradients of the summed loss in the outputs."""
+        inputs, gradients = (
+            (part.unsqueeze(1) if part.ndim == 2 else part.flatten(1, -2)).to(self.dtype)
+            for part in (inputs, gradients)
+        )
+        # A zero gradient takes a position out by itself, but for an input that overflowed there.
+        inputs = inputs.masked_fill((gradients == 0).all(-1, keepdim=True), 0.0)
+        tokens = inputs.shape[1]
+        per_row = max(self.values.numel(), tokens**2) if tokens > 1 else max(inputs.shape[2], gradients.shape[2])
+        num_rows = max(1, CHUNK_NUMBERS // per_row)
+        for chunk in zip(inputs.split(num_rows), gradients.split(num_rows)):
+            self._add_rows(*chunk)
+
+    def _add_rows(self, inputs: Tensor, gradients: Tensor) -> None:
+        projected_inputs, projected_gradients = inputs @ self.input_vectors, gradients @ self.output_vectors
+        if inputs.shape[1] == 1:  # (g a^T)^2 = g^2 (a^2)^T, without a matrix a row
+            self.values.addmm_(projected_gradients.squeeze(1).square().T, projected_inputs.squeeze(1).square())
+        else:
+            self.values += (projected_gradients.mT @ projected_inputs).square_().sum(0)
+        # ||W^T u||^2 = (G u)^T (A A^T) (G u) needs products of tokens with tokens, and no W.
+        input_gram, output_gram = inputs @ inputs.mT, gradients @ gradients.mT
+        self.output_totals += (projected_gradients * (input_gram @ projected_gradients)).sum((0, 1))
+        self.input_totals += (projected_inputs * (output_gram @ projected_inputs)).sum((0, 1))
+        self.total += (input_gram * output_gram).sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums themselves, by name."""
+        names = ("values", "output_totals", "input_totals", "total")
+        return {name: getattr(self, name) for name in names}
+
+
+class LayerStatistics:
+    """
+    While it is entered, every backward adds the inputs and output gradients of `layers` to `accumulators`. Gradients
+    and weights are as they would be without it. Right under gradient checkpointing of both kinds: what is not going to
+    have a backward adds nothing.
+
+    Args:
+        layers (`dict[str, Layer]`): From [`linear_layers`].
+        accumulators (`Mapping[str, Factors | Moments]`):
+            By the same names; a layer without one is left alone, so that a large model can go in several passes.
+
+    Attributes:
+        gradient_scale (`float`):
+            What gradients are multiplied by, to be set before each backward, so that they are of the *sum* of the
+            tokens' losses: of a loss that was divided by the number of tokens this number, times what the engine
+            divides by. The curvature of the mean loss per token is then the sum over rows by the number of tokens.
+        num_tokens (`int`): Those tokens so far, over all processes, as whoever makes the backwards counts them.
+
+    Example:
+
+        >>> layers = linear_layers(model)
+        >>> with LayerStatistics(layers, {name: Factors(layer) for name, layer in layers.items()}) as statistics:
+        ...     statistics.gradient_scale = num_tokens
+        ...     (losses.sum() / num_tokens).backward()
+    """
+
+    def __init__(self, layers: dict[str, Layer], accumulators: Mapping[str, Factors | Moments]):
+        self.accumulators = dict(accumulators)
+        self.gradient_scale, self.num_tokens = 1.0, 0
+        self._modules = {name: layers[name].modules for name in self.accumulators}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "LayerStatistics":
+        for name, modules in self._modules.items():
+            hook = partial(self._observe, name)
+            self._handles += [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not output.requires_grad:  # nothing trains, or it is the first forward of reentrant checkpointing
+            return None
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        return _Observed.apply(output, inputs.detach(), partial(self._add, name))
+
+    @torch.no_grad()
+    def _add(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
+        accumulator = self.accumulators[name]
+        gradients = gradients.to(accumulator.dtype) * self.gradient_scale
+        with torch.autocast(inputs.device.type, enabled=False):
+            accumulator.add(torch.atleast_2d(inputs), torch.atleast_2d(gradients))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All sums, in the same order on every process, to be added up in place over processes."""
+        yield from self.state_tensors().values()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All sums themselves, by the names of weight and sum with a dot between them, for a safetensors file."""
+        return {
+            f"{name}.{key}": tensor
+            for name, accumulator in self.accumulators.items()
+            for key, tensor in accumulator.tensors().items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts the sums of [`~LayerStatistics.state_tensors`] back, to go on with a pass."""
+        state = self.state_tensors()
+        if state.keys() != tensors.keys():
+            raise ValueError(f"These are sums of other layers: {sorted(state.keys() ^ tensors.keys())[:6]} differ.")
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+
+
+class _Observed(torch.autograd.Function):
+    """
+    A module's output as it is, whose backward hands on the module's inputs and its gradient. Autograd keeps the
+    inputs, not a hook's closure: so checkpointing drops and recomputes them as it does everything that autograd keeps.
+    """
+
+    @staticmethod
+    def forward(ctx, output, inputs, add):
+        ctx.save_for_backward(inputs)
+        ctx.add = add
+        return output.detach()  # and not a view, which could not be modified in place
+
+    @staticmethod
+    def backward(ctx, gradients):
+        ctx.add(*ctx.saved_tensors, gradients)
+        return gradients, None, None

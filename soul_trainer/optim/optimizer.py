@@ -1,0 +1,453 @@
+"""`Soul`: momenta, decay, state and its dtypes, and the steps that move nothing. What a direction is, is a rule."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from .checks import check_range, check_refresh, check_settings
+from .partition import Partition, local
+from .rules import LEAST, RULES, Bucket, MatrixCurvature, Rule
+from .scaling import scale_to_tensors, scale_to_trust_region
+
+
+class Soul(Optimizer):
+    r"""
+    Second-order optimizer for unlearning. The gradient of what is to be forgotten and that of what is to be kept each
+    have a momentum of their own; a rule turns a momentum into a direction, both are brought to one size, and added.
+
+        m_forget <- beta1 m_forget + (1 - beta1) g_forget      (likewise m_retain)
+        d = m / (h / mean(h) + damping)                        (rule "diagonal")
+        u = clip(0.3 d / rms(d), -1, 1)                        (scaling "tensor")
+        theta <- theta (1 - lr weight_decay) - lr (forget_weight u_forget + retain_weight u_retain)
+
+    The optimizer does not know how a Hessian is estimated, nor which loss a gradient is of. What is no step of the
+    weights is *a step that moves nothing*, inside a context, so that its gradient takes the way of every other gradient
+    (backward, reduction, unscaling, sharding):
+
+        with optimizer.hessian_refresh(scale=num_sampled_tokens):
+            optimizer.step()                    # h <- beta2 h + (1 - beta2) scale g^2
+        with optimizer.forget_gradient():
+            optimizer.step()                    # m_forget <- beta1 m_forget + (1 - beta1) g
+        optimizer.step()                        # m_retain likewise, and the weights move
+
+    State is made at the first step of either kind rather than here, because engines swap parameters for flat
+    partitions after construction.
+
+    Args:
+        params (`Iterable`): Parameters or parameter groups, as for every PyTorch optimizer.
+        lr (`float`, *optional*, defaults to 1e-4): Learning rate, >= 0; its unit is the scaling's.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`):
+            Decay of the momenta (beta1) and of the Hessian per refresh (beta2), each in [0, 1).
+        rule (`str`, *optional*, defaults to `"diagonal"`): A name of the table in `rules.py`.
+        scaling (`str`, *optional*, defaults to `"tensor"`): A name of the table in `scaling.py`.
+        two_directions (`bool`, *optional*, defaults to `False`):
+            Whether the forget gradient has a momentum of its own, for which [`Soul.forget_gradient`] is to be used in
+            each step.
+        damping (`float`, *optional*, defaults to 0.1): Added to the Hessian, as a share of its mean, > 0.
+        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay, >= 0.
+        rho (`float`, *optional*, defaults to 0.04): Of the rule `sophia`, its curvature scale, > 0.
+        eps (`float`, *optional*, defaults to 1e-15): Of the rule `sophia`, added to the denominator, > 0.
+        bias_correction (`bool`, *optional*, defaults to `True`):
+            Whether `h` is divided by the sum of the weights in its average (1 - beta2^k after k refreshes).
+        maximize (`bool`, *optional*, defaults to `False`): Whether to ascend.
+        foreach (`bool`, *optional*): Whether to use multi-tensor kernels; by default yes. Results are the same.
+        hessian_interval (`int`, *optional*):
+            If set, every `hessian_interval`-th `step()` first folds its own squared gradient into `h` with scale 1.
+        state_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Of momenta and Hessian: `torch.float32`, at least the parameter's, or `torch.bfloat16`, half the memory.
+
+    Attributes:
+        partition ([`~partition.Partition`]): Whose tensors the parameters hold; an engine may replace it.
+        matrices (`Mapping[str, MatrixCurvature]`): The curvature of matrices, by name, for the rule `kronecker`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If a parameter is complex or a gradient sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        rule: str = "diagonal",
+        scaling: str = "tensor",
+        two_directions: bool = False,
+        damping: float = 0.1,
+        weight_decay: float = 0.0,
+        *,
+        damping_scope: str = "tensor",
+        rho: float = 0.04,
+        eps: float = 1e-15,
+        bias_correction: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        hessian_interval: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "rule": rule,
+            "scaling": scaling,
+            "two_directions": two_directions,
+            "damping": damping,
+            "damping_scope": damping_scope,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "eps": eps,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+            "foreach": foreach,
+            "hessian_interval": hessian_interval,
+            "state_dtype": str(state_dtype).removeprefix("torch."),
+            "forget_weight": 1.0,
+            "retain_weight": 1.0,
+        }
+        check_settings(defaults)
+        super().__init__(params, defaults)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What neither a copy nor a checkpoint has."""
+        self.partition = Partition()
+        self.matrices: Mapping[str, MatrixCurvature] = {}
+        self._inside: Callable[[], None] | None = None
+        self._means: dict[tuple[int, ...], list[Tensor]] = {}
+        # By parameter, because ZeRO-3 empties the groups between its steps.
+        self._stepped: dict[Tensor, dict] = {}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._begin()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group of parameters; see [`torch.optim.Optimizer.add_param_group`]."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.is_complex():
+                self.param_groups.pop()
+                raise TypeError(f"Sophia has no rule for complex parameters, and one has dtype {param.dtype}.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """
+        Moves the parameters or, inside [`Soul.hessian_refresh`] or [`Soul.forget_gradient`], folds their gradients in
+        and moves nothing.
+
+        Args:
+            closure (`Callable`, *optional*): Recomputes the gradients and returns the loss.
+
+        Returns:
+            `float`, *optional*: What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._inside is not None:
+            self._inside()
+            return loss
+        buckets = []
+        for bucket in self._buckets():
+            interval = bucket.group["hessian_interval"]
+            due = [param for param in bucket.params if interval and int(self.state[param]["step"]) % interval == 0]
+            if due:
+                self._fold(self._bucket(bucket.group, due), 1.0, bucket.group["betas"][1], square=True)
+            self._average(bucket, "exp_avg")
+            buckets.append(bucket)
+        for bucket, halves in self._halves(buckets):
+            lr, weights = bucket.group["lr"], bucket.weights()
+            update = self._joined(bucket, halves)
+            # theta <- theta (1 - lr weight_decay) - lr update
+            torch._foreach_mul_(update, -lr)
+            torch._foreach_mul_(weights, 1 - lr * bucket.group["weight_decay"])
+            torch._foreach_add_(weights, update)
+            for param in bucket.params:
+                self.state[param]["step"] += 1
+                self._stepped[param] = bucket.group
+        return loss
+
+    @contextmanager
+    def hessian_refresh(self, scale: float, decay: float | None = None, square: bool = True) -> Iterator[None]:
+        """
+        A context in which `step()` refreshes the Hessian and moves nothing.
+
+        Args:
+            scale (`float`):
+                Factor of the estimate, > 0. For the gradient of a mean over B sampled labels it is B (Sophia's
+                equation for the Gauss-Newton-Bartlett estimator).
+            decay (`float`, *optional*):
+                Weight of the old `h` in [0, 1), by default beta2. With j/(j+1) at the j-th refresh (from 0), `h` is
+                the plain mean of the estimates.
+            square (`bool`, *optional*, defaults to `True`):
+                Whether to square the gradient; an estimator of the diagonal itself (Hutchinson) says `False`.
+        """
+        check_refresh(scale, decay)
+        with self._moving_nothing("hessian_refresh", lambda: self.update_hessian(scale, decay, square)):
+            yield
+
+    @contextmanager
+    def forget_gradient(self) -> Iterator[None]:
+        """A context in which `step()` averages the gradient into the forget half's momentum and moves nothing."""
+        for group in self.param_groups:
+            check_range("two_directions", group["two_directions"], group["two_directions"], "True for it")
+        with self._moving_nothing("forget_gradient", self.update_forget_momentum):
+            yield
+
+    @torch.no_grad()
+    def update_hessian(self, scale: float, decay: float | None = None, square: bool = True) -> None:
+        """
+        Folds the gradients that are there now into the Hessian: `h <- decay h + (1 - decay) scale g^2`. For plain
+        loops; the arguments are those of [`Soul.hessian_refresh`].
+        """
+        check_refresh(scale, decay)
+        for bucket in self._buckets():
+            self._fold(bucket, scale, bucket.group["betas"][1] if decay is None else decay, square)
+
+    @torch.no_grad()
+    def update_forget_momentum(self) -> None:
+        """Averages the gradients that are there now into the momentum of the forget half. For plain loops."""
+        for bucket in self._buckets():
+            self._average(bucket, "exp_avg_forget")
+
+    @torch.no_grad()
+    def set_hessian(self, diagonals: Mapping[str, Tensor]) -> None:
+        """
+        Takes a Hessian that was measured elsewhere for its own.
+
+        Args:
+            diagonals (`Mapping[str, torch.Tensor]`): By name of the tensor, of its shape, whole on every process.
+
+        Raises:
+            ValueError: If a tensor that trains is not among them, or has another shape.
+        """
+        for param in self.partition.params(self.param_groups):
+            if not self.state[param]:
+                self.state[param] = self._new_state(self.param_groups[0], param)
+            hessian = local(self.state[param]["hessian"])
+            for section in self.partition.sections(param):
+                found = diagonals.get(section.name)
+                if found is None or found.shape != section.shape:
+                    raise ValueError(
+                        f"The curvature of {section.name}, of shape {tuple(section.shape)}, is "
+                        + ("not there." if found is None else f"of shape {tuple(found.shape)}.")
+                    )
+                section.of(hessian).copy_(self.partition.part(param, section, found))
+            self.state[param]["hessian_weight"].fill_(1.0)
+        self._means = {}
+
+    @torch.no_grad()
+    def describe(self, learning_rates: list[float]) -> dict[str, dict[str, float]]:
+        """
+        What the last step did, from the state that it left and by the functions that it went by.
+
+        Args:
+            learning_rates (`list[float]`): Of the parameter groups, in that step.
+
+        Returns:
+            `dict[str, dict[str, float]]`: Of each tensor that moved, by name: `count` of coordinates, how many were
+            `clipped` (as a mean over halves), the sum of the `hessian`, and the `squared` update. The same on every
+            process.
+        """
+        rates = {id(group): rate for group, rate in zip(self.param_groups, learning_rates)}
+        figures = {}
+        for bucket, halves in self._halves(list(self._stepped_buckets())):
+            clipped = [torch.stack([(part.abs() >= 1).sum() for part in parts]).float().mean() for parts in zip(*halves)]
+            squares = [part.square().sum() for part in self._joined(bucket, halves)]
+            hessians = bucket.state("hessian") if self._rule(bucket.group).has_hessian else None
+            sums = {
+                "clipped": bucket.sum(clipped),
+                "hessian": bucket.sum([part.sum() for part in hessians]) if hessians else torch.zeros(len(clipped)),
+                "squared": bucket.sum(squares) * rates[id(bucket.group)] ** 2,
+            }
+            for place, section in enumerate(bucket.sections):
+                figures[section.name] = {
+                    "count": float(section.shape.numel()),
+                    **{name: float(values[place]) for name, values in sums.items()},
+                }
+        return figures
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """
+        Loads the optimizer's state, in its own dtypes where PyTorch would cast it to the parameter's. Parameter groups
+        without parameters, which some engines drop, need no match.
+        """
+        saved = [group for group in state_dict["param_groups"] if group["params"]]
+        if len(saved) == sum(bool(group["params"]) for group in self.param_groups):
+            left = iter(saved)
+            groups = [next(left) if group["params"] else {**group, "params": []} for group in self.param_groups]
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved_ids, params):
+            for key, value in state_dict["state"].get(index, {}).items():
+                loaded = self.state[param][key]
+                if key == "hessian_weight":
+                    self.state[param][key] = value.cpu().clone()  # a host number, which each step reads
+                elif isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    self.state[param][key] = value.to(loaded.device, copy=True)
+
+    @contextmanager
+    def _moving_nothing(self, name: str, step: Callable[[], None]) -> Iterator[None]:
+        if self._inside is not None:
+            raise ValueError(f"`{name}` is inside another such context: steps that move nothing cannot be nested.")
+        self._inside = step
+        try:
+            yield
+        finally:
+            self._inside = None
+
+    @staticmethod
+    def _rule(group: dict) -> Rule:
+        return RULES[group["rule"]]
+
+    def _bucket(self, group: dict, params: list[Tensor]) -> Bucket:
+        states = [{key: local(value) for key, value in self.state[param].items()} for param in params]
+        return Bucket(group, params, states, self.partition, self.matrices)
+
+    def _buckets(self) -> Iterator[Bucket]:
+        """Parameters that have a gradient, by group and by what one multi-tensor kernel can take; their state made."""
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise TypeError("Sophia needs dense gradients: build the embedding with `sparse=False`.")
+        # PyTorch's distributed checkpoints want a state of each parameter, even of one that never has a gradient.
+        is_sharded = any(isinstance(param, DTensor) for group in self.param_groups for param in group["params"])
+        for group in self.param_groups:
+            kinds = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is None and not is_sharded and not self.state.get(param):
+                    continue
+                if not self.state[param]:
+                    self.state[param] = self._new_state(group, param)
+                # In two directions, a half that does not reach a parameter has a gradient of zero there.
+                if param.grad is not None or group["two_directions"]:
+                    kinds[self.partition.layout(param), type(param), param.device, param.dtype].append(param)
+            for params in kinds.values():
+                parts = [[param] for param in params] if group["foreach"] is False else [params]
+                for part in parts:
+                    yield self._bucket(group, part)
+
+    def _stepped_buckets(self) -> Iterator[Bucket]:
+        kinds = defaultdict(list)
+        for param, group in self._stepped.items():
+            kinds[id(group), self.partition.layout(param), type(param), param.device, param.dtype].append(param)
+        for params in kinds.values():
+            yield self._bucket(self._stepped[params[0]], params)
+
+    def _new_state(self, group: dict, param: Tensor) -> dict[str, Tensor]:
+        def zeros() -> Tensor:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            if group["state_dtype"] == "bfloat16":
+                dtype = torch.bfloat16
+            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+        state = {"step": torch.tensor(0.0), "exp_avg": zeros()}
+        if group["two_directions"]:
+            state["exp_avg_forget"] = zeros()
+        if self._rule(group).has_hessian:
+            # The sum of the weights in the average `hessian`: what its start-up bias is corrected by. Float64, because
+            # 1 - 0.95 is not a float32.
+            state |= {"hessian": zeros(), "hessian_weight": torch.tensor(0.0, dtype=torch.float64)}
+        return state
+
+    def _average(self, bucket: Bucket, momentum: str) -> None:
+        # m <- beta1 m + (1 - beta1) g
+        beta1 = bucket.group["betas"][0]
+        averages = [state[momentum] for state in bucket.states]
+        added = torch._foreach_mul(_gradients(bucket), 1 - beta1)
+        _accumulate(averages, beta1, added)
+
+    def _fold(self, bucket: Bucket, scale: float, decay: float, square: bool) -> None:
+        if not self._rule(bucket.group).has_hessian:
+            raise ValueError(f"`rule`={bucket.group['rule']!r} keeps no Hessian: there is nothing to refresh.")
+        gradients = _gradients(bucket)
+        estimates = torch._foreach_mul(gradients, gradients) if square else gradients
+        # h <- decay h + (1 - decay) scale estimate
+        added = torch._foreach_mul(estimates, scale * (1 - decay))
+        _accumulate([state["hessian"] for state in bucket.states], decay, added)
+        for state in bucket.states:
+            state["hessian_weight"].mul_(decay).add_(1 - decay)
+        self._means = {}
+
+    def _halves(self, buckets: list[Bucket]) -> Iterator[tuple[Bucket, list[list[Tensor]]]]:
+        """Each bucket with the scaled directions of its halves, forget first if there are two."""
+        if not buckets:
+            return
+        scaling = buckets[0].group["scaling"]
+        names = ("exp_avg_forget", "exp_avg") if buckets[0].group["two_directions"] else ("exp_avg",)
+        if scaling != "trust_region":
+            for bucket in buckets:
+                means = self._tensor_means(bucket)
+                halves = [self._rule(bucket.group).directions(bucket, name, means) for name in names]
+                yield bucket, [scale_to_tensors(bucket, half) for half in halves] if scaling == "tensor" else halves
+            return
+        whole = None if buckets[0].group["damping_scope"] == "tensor" else self._model_mean(buckets)
+        halves = []
+        for name in names:
+            parts = []
+            for bucket in buckets:
+                means, units = self._tensor_means(bucket), bucket.hessian_weights()
+                if whole is not None:
+                    means = [whole * unit for unit in units]
+                directions = self._rule(bucket.group).directions(bucket, name, means)
+                # The rule divides by H / mean + damping, and here lengths of tensors are compared.
+                torch._foreach_div_(directions, [mean / unit for mean, unit in zip(means, units)])
+                parts.append(directions)
+            halves.append(scale_to_trust_region(buckets, parts, name))
+        for bucket, *parts in zip(buckets, *halves):
+            yield bucket, parts
+
+    def _tensor_means(self, bucket: Bucket) -> list[Tensor]:
+        """The mean of `h`, or of a matrix's curvature, over the whole tensor of each section, as the rule reads it."""
+        key = tuple(map(id, bucket.params))
+        if key not in self._means:
+            self._means[key] = bucket.hessian_means() if self._rule(bucket.group).has_hessian else bucket.ones()
+        return self._means[key]
+
+    def _model_mean(self, buckets: list[Bucket]) -> Tensor:
+        """The mean of H over all tensors."""
+        total = count = 0.0
+        for bucket in buckets:
+            sizes = [float(section.shape.numel()) for section in bucket.sections]
+            means = zip(self._tensor_means(bucket), bucket.hessian_weights(), sizes)
+            total += sum(float(mean) / unit * size for mean, unit, size in means)
+            count += sum(sizes)
+        return torch.tensor(max(total / count, LEAST))
+
+    @staticmethod
+    def _joined(bucket: Bucket, halves: list[list[Tensor]]) -> list[Tensor]:
+        """The update of each section, in the learning rate's unit: the weighted sum of the halves; they are used up."""
+        if len(halves) == 1:
+            return halves[0]
+        forget, retain = halves
+        for half, weight in ((forget, bucket.group["forget_weight"]), (retain, bucket.group["retain_weight"])):
+            if weight != 1.0:
+                torch._foreach_mul_(half, weight)
+        torch._foreach_add_(forget, retain)
+        return forget
+
+
+def _gradients(bucket: Bucket) -> list[Tensor]:
+    gradients = []
+    for param in bucket.params:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        here = local(param)
+        gradients.append(torch.zeros_like(here, dtype=dtype) if param.grad is None else local(param.grad).to(dtype))
+    return torch._foreach_neg(gradients) if bucket.group["maximize"] else gradients
+
+
+def _accumulate(averages: list[Tensor], decay: float, added: list[Tensor]) -> None:
+    """`average <- decay average + added`; an average of 16 bits is rounded once."""
+    if averages[0].dtype == added[0].dtype:
+        torch._foreach_mul_(averages, decay)
+        torch._foreach_add_(averages, added)
+        return
+    wide = torch._foreach_mul([average.to(added[0].dtype) for average in averages], decay)
+    torch._foreach_add_(wide, added)
+    torch._foreach_copy_(averages, wide)
