@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from soul_trainer.weights import weights_digest as weights_digest
+
 
 # Where a configuration came from, and by which version, says nothing of what the model answers.
 _NOT_SETUP = (
@@ -69,24 +71,6 @@ def load_model(
         options = {"is_trainable": True}  # or else its gradients could not be asked for
     model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """
-    A hash of the weights as they are in memory: names, dtypes, shapes and bytes.
-
-    Args:
-        model (`torch.nn.Module`): Not sharded.
-
-    Returns:
-        `str`: Hexadecimal SHA-256.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
 
 
 def setup_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

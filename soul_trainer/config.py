@@ -149,6 +149,8 @@ class SoulArguments:
                 "`hessian_data='training'` squares the training gradient: it needs "
                 "`hessian_estimator='empirical_fisher'`, `hessian_interval` >= 1 and no label smoothing."
             )
+        if self.hessian_interval and settings.rule == "none":
+            raise ValueError(f"`hessian_interval`={self.hessian_interval} refreshes a Hessian, and `rule='none'` has none.")
         if settings.curvature and settings.rule not in ("diagonal", "kronecker"):
             raise ValueError(
                 f"`curvature` names a file for the rules diagonal and kronecker, and `rule` is {settings.rule!r}."
@@ -269,7 +271,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         defaults = dict(RULE_DEFAULTS[rule])
         if self.forget_loss == "none" or self.retain_loss in ("none", CURVATURE):
             defaults["two_directions"] = False
-        if self.retain_loss == CURVATURE:
+        if self.retain_loss == CURVATURE and rule != "sophia":
             defaults["scaling"] = "trust_region"
         return defaults
 
@@ -340,6 +342,13 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             raise ValueError(
                 "`retain_loss='curvature'` keeps what is to be kept by a trust region of the optimizer: it needs "
                 "`optim='soul'` with a rule other than sophia, and `scaling='trust_region'`."
+            )
+        if not is_soul and self.two_directions:
+            raise ValueError(f"`two_directions` is of `optim='soul'`, and `optim` is {self.optim!r}.")
+        if self.retain_loss == CURVATURE and self.retain_weight != 1.0:
+            raise ValueError(
+                f"`retain_weight`={self.retain_weight} weighs a retain loss, and `retain_loss='curvature'` has none: "
+                "change `learning_rate`."
             )
         if is_soul and settings.two_directions and (is_forget_only or self.forget_loss == "none"):
             raise ValueError(

@@ -38,6 +38,15 @@ class StepMixin(Trainer):
         soul = find_soul(self.optimizer)
         return soul is not None and soul.defaults["two_directions"]
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As [`~transformers.Trainer`]'s; a trust region has all weights in one group, if one will do for them."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        soul = find_soul(optimizer)
+        if is_new and soul is not None and soul.defaults["scaling"] == "trust_region" and not self.args.weight_decay:
+            soul.merge_groups()
+        return optimizer
+
     def begin_step(self, batches: list[ForgetRetainBatch], counts: Tensor) -> None:
         """
         The passes over a step's forget rows. They come before the Trainer's contexts that keep gradients of
@@ -97,7 +106,9 @@ class StepMixin(Trainer):
             # What overflowed is logged once.
             with nullcontext() if attempt == 0 else self._losses_not_logged():
                 self._forget_loss = sum(self._forget_passes(parts, counts, self._perturbed))
-            is_done = self.engine.fold(self.optimizer, Soul.forget_gradient, self.args.max_grad_norm)
+            is_done = self.engine.fold(
+                self.optimizer, Soul.forget_gradient, self.args.max_grad_norm, self.model_wrapped
+            )
             self.model_wrapped.zero_grad()
             if is_done:
                 return

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from soul_eval.callback import EvalCallback
+from soul_trainer.engines import find_soul
 from soul_trainer.engines.fsdp import reshard
 
 
@@ -55,6 +56,8 @@ def whole(model: torch.nn.Module, optimizer, engine: str, what: str | None) -> d
             zero._lazy_init_hp_params_optimizer_state()
 
     found = {}
+    if what and not any(what in state for state in find_soul(optimizer).state.values()):
+        return found  # the rule keeps no such state
     reshard(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -7,19 +7,22 @@ import random
 import numpy as np
 import pytest
 from scipy import stats
-from study_scenes import TARGET, curve_of, run_of
+from study_scenes import TARGET, curve_of, level_runs, run_of
 
 from soul_eval.study.figures import (
+    best_kept,
+    best_moment,
     best_setting,
+    chosen_runs,
+    general_rise,
     hypervolume,
     lands,
-    mean_kept,
     paired_difference,
+    score,
     share_landing,
-    value_at,
 )
 from soul_eval.study.records import read_runs
-from soul_eval.study.summary import summarise
+from soul_eval.study.summary import Kept, difference, summarise, verdicts
 
 
 LINE = {
@@ -35,8 +38,9 @@ LINE = {
     "forget_quality": 0.01,
     "seconds_per_step": 0.08,
     "state_bytes": 123,
-    "relearned": {"forget": 0.6},
+    "relearned": {"before": 0.2, "after": 0.6},
     "rounded": {"forget": 0.2, "held_out": 0.5},
+    "depth": 0.21,
     "failed": None,
 }
 
@@ -54,7 +58,7 @@ def test_the_last_of_a_run_counts(tmp_path):
         {**LINE, "setting": {"retain_weight": 2.0, "learning_rate": 8e-4}, "forget_quality": 0.5},
         {**LINE, "stage": "search"},
         {**LINE, "setting": {**LINE["setting"], "flag": True}},
-        {**LINE, "setting": {**LINE["setting"], "flag": 1}},
+        {**LINE, "setting": {**LINE["setting"], "flag": 1}, "host": "a field of later days"},
     )
     runs = read_runs([older, newer])
     assert [(run.seed, run.stage, run.forget_quality) for run in runs[:3]] == [
@@ -65,6 +69,7 @@ def test_the_last_of_a_run_counts(tmp_path):
     assert len(runs) == 5
     assert read_runs([newer, older])[0].forget_quality == 0.01
     assert runs[1].curve == LINE["curve"] and runs[1].rounded == LINE["rounded"]
+    assert (runs[1].relearned, runs[1].depth) == ({"before": 0.2, "after": 0.6}, 0.21)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,9 @@ def test_the_last_of_a_run_counts(tmp_path):
         ({"target": {"forget": 98, "held_out": 0.9}}, "`forget` of `target` must be a probability"),
         ({"target": {"forget": 0.9, "held_out": 0.0}}, "above 0"),
         ({"relearned": 0.6}, "`relearned` must be an object"),
+        ({"relearned": {"before": 0.2}}, "`after` of `relearned` must be a probability"),
+        ({"relearned": {"before": 2, "after": 0.6}}, "`before` of `relearned` must be a probability"),
+        ({"depth": "0.2"}, "`depth` must be a number"),
         ({"seconds_per_step": "0.1"}, "`seconds_per_step` must be a number"),
         ({"forget_quality": math.nan}, "NaN is no number"),
     ],
@@ -102,36 +110,71 @@ def test_a_line_cut_off_is_named_and_a_failed_run_is_read(tmp_path):
         read_runs(path)
 
 
-def test_values_are_read_at_the_first_moment():
-    """Catches the last crossing taken for the first, interpolation the wrong way round, and an end extrapolated."""
-    curve = curve_of((1.0, 0.8), (0.4, 0.7), (0.2, 0.3), (0.6, 0.1), (0.1, 0.0))
-    assert value_at(curve, 0.3) == pytest.approx(0.5)
-    assert value_at(curve, 0.25) == pytest.approx(0.4)
-    # At an evaluation its own value, and the first of those that are that low.
-    assert value_at(curve, 0.2) == pytest.approx(0.3)
-    # 0.6 to 0.1 passes 0.15 after nine tenths.
-    assert value_at(curve, 0.15) == pytest.approx(0.01)
-    assert value_at(curve, 0.05) is None and value_at([], 0.3) is None
-    assert value_at(curve, 1.0) == 0.8
-    assert value_at(curve, 0.3, "retain") == 1.0
-    assert value_at(curve, 0.3, relative_to=TARGET) == pytest.approx(0.5 / 0.8)
+# Forgets and loses a great deal in the middle, and regains it by the end while forget rises, as with a decaying rate.
+DIP = curve_of((1.0, 0.8), (0.1, 0.4), (0.4, 0.7), (0.3, 0.76))
 
 
-def test_a_figure_evaluated_seldom_is_read_along_the_steps():
-    """Catches a general text that counts as missing, or as 0, because the evaluations around the level left it out."""
-    curve = curve_of((1.0, 0.8), (0.4, 0.7), (0.2, 0.3), (0.1, 0.0), general={0: 4.0, 2: 4.4})
-    # 0.3 is passed at step 15.
-    assert value_at(curve, 0.3, "general") == pytest.approx(4.0 + 0.4 * 15 / 20)
-    assert value_at(curve, 0.3, "general", relative_to={**TARGET, "general": None}) is None
-    assert value_at(curve, 0.1, "general") is None
+def test_the_best_moment_counts_and_not_the_first():
+    """Catches a run judged by a dip in its middle, crossings on the way up left out, and an end extrapolated."""
+    # At 0.4 the end, at 0.3 the end too though the curve has been there at step 70/9.
+    assert best_moment(DIP, 0.4) == best_moment(DIP, 0.3) == (30, 0.76)
+    # On the way down 0.2 keeps 0.4 + 0.4/9; on the way up, a third of the way from 0.1 to 0.4, 0.4 + 0.3/3.
+    assert best_moment(DIP, 0.2) == pytest.approx((10 + 10 / 3, 0.5))
+    assert best_moment(DIP, 0.1) == (10, 0.4)
+    assert best_moment(DIP, 0.09) is None and best_moment([], 0.3) is None
+    assert best_moment(DIP, 1.0) == (0, 0.8)
+    run = run_of(curve=DIP)
+    assert best_kept(run, 0.2) == pytest.approx(0.5 / 0.8) == score(run, 0.2)
+    assert best_kept(run, 0.09) is None and score(run, 0.09) == 0
+    assert best_kept(run_of(curve=DIP, failed="diverged"), 0.2) is None
 
 
-def test_a_run_lands_by_what_it_keeps_when_it_gets_there():
-    """Catches a share of 1 in place of the target's value, and a failed run that lands."""
+def test_going_below_a_level_may_keep_more_than_the_level():
+    """Catches only crossings looked at: a lower point that keeps more is as good at every level above it."""
+    curve = curve_of((1.0, 0.8), (0.5, 0.3), (0.05, 0.6))
+    assert best_moment(curve, 0.3) == best_moment(curve, 0.05) == (20, 0.6)
+    # Of equals, the earliest, whatever it has forgotten.
+    assert best_moment(curve_of((1.0, 0.8), (0.2, 0.6), (0.1, 0.6), (0.15, 0.6)), 0.2) == (10, 0.6)
+    assert best_moment(curve_of((0.2, 0.5), (0.2, 0.6), (0.2, 0.55)), 0.2) == (10, 0.6)
+
+
+def test_the_best_moment_agrees_with_a_fine_grid():
+    """Catches a maximum that lies inside a segment, on a crossing that is read off the wrong end of it."""
+    rng = np.random.default_rng(1)
+    curve = curve_of(*rng.uniform(0, 1, (9, 2)).tolist())
+    steps = np.linspace(0, 80, 400_001)
+    forget, held_out = (
+        np.interp(steps, [entry["step"] for entry in curve], [entry[key] for entry in curve])
+        for key in ("forget", "held_out")
+    )
+    for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        found = best_moment(curve, level)
+        low = forget <= level
+        assert low.any() == (found is not None)
+        if found is not None:
+            # Points of the grid are 80/400,000 steps apart, and held-out moves by at most 0.1 a step.
+            assert 0 <= found[1] - held_out[low].max() <= 0.1 * 80 / 400_000
+
+
+def test_general_text_is_read_along_the_steps_at_the_best_moment():
+    """Catches general text read at the first crossing, at the last step, or as missing where few steps have it."""
+    run = run_of(curve=curve_of((1.0, 0.8), (0.1, 0.4), (0.4, 0.7), (0.3, 0.76), general={0: 4.1, 2: 4.5}))
+    # Most is kept at step 40/3 of 20.
+    assert general_rise(run, 0.2) == pytest.approx(0.1 + 0.4 * 2 / 3)
+    # At 0.3 most is kept at step 30, after the last evaluation of general text.
+    assert general_rise(run, 0.3) is None and general_rise(run, 0.05) is None
+    assert general_rise(run_of(), 0.2) is None
+    assert general_rise(run_of(curve=run.curve, target={**TARGET, "general": None}), 0.2) is None
+    assert general_rise(run_of(curve=[], target={}, failed="out of memory"), 0.2) is None
+
+
+def test_a_run_lands_by_what_it_keeps_at_its_best_moment():
+    """Catches a share of 1 in place of the target's value, a dip that counts as a crash, a failed run that lands."""
     run = run_of(0.9, target={**TARGET, "held_out": 0.8})
     assert lands(run, 0.2, 0.899) and not lands(run, 0.2, 0.901)
     assert not lands(run_of(0.9, target={**TARGET, "held_out": 0.9}), 0.2, 0.899)
-    assert not lands(run_of(0.9, curve=curve_of((1.0, 0.8), (0.21, 0.8))), 0.2, 0.5)
+    assert lands(run_of(curve=DIP), 0.3, 0.94)
+    assert not lands(run_of(0.9, curve=curve_of((1.0, 0.8), (0.21, 0.8))), 0.2, 0.0)
     assert not lands(run_of(0.9, failed="out of memory"), 0.2, 0.1)
 
 
@@ -167,24 +210,25 @@ def test_hypervolume_agrees_with_counting_points():
     assert hypervolume(diagonal, {"forget": 1.0, "held_out": 1.0}) == pytest.approx(99 / 200)
 
 
-def test_the_best_setting_keeps_most_over_levels_and_seeds():
-    """Catches a choice by one level or one seed, runs that stop short left out of the mean, and ties by order."""
+def test_the_best_setting_of_a_level_keeps_most_over_seeds():
+    """Catches one setting for all levels, a choice by one seed, and runs that stop short left out of the mean."""
     short = curve_of((1.0, 0.8), (0.25, 0.8))
     runs = [
         run_of(0.7, rate=1.0, seed=0),
         run_of(0.7, rate=1.0, seed=1),
         run_of(0.9, rate=2.0, seed=0),
         run_of(0.3, rate=2.0, seed=1),
-        # Nothing lost, but only 0.3 of the three levels is reached.
+        # Nothing lost, but of the three levels only 0.3 is reached.
         run_of(rate=3.0, curve=short),
         run_of(0.99, rate=4.0, failed="diverged"),
+        # 0.95 at 0.2, but only in one seed of three: 0.32 on the mean.
+        run_of(0.95, rate=5.0, seed=0),
+        *(run_of(rate=5.0, seed=seed, curve=short) for seed in (1, 2)),
     ]
-    # At 0.2 it keeps 0.7, and at 0.3 and 0.1 as much more and less.
-    assert mean_kept(runs[0]) == pytest.approx(0.7) and mean_kept(runs[4]) == pytest.approx(1 / 3)
     for seed in range(5):
         random.Random(seed).shuffle(runs)
-        assert best_setting(runs) == {"learning_rate": 1.0}
-        assert best_setting(runs, levels=(0.3,)) == {"learning_rate": 3.0}
+        assert best_setting(runs, 0.2) == best_setting(runs, 0.1) == {"learning_rate": 1.0}
+        assert best_setting(runs, 0.3) == {"learning_rate": 3.0}
 
 
 def test_ties_go_to_the_larger_hypervolume_then_to_no_order():
@@ -192,18 +236,37 @@ def test_ties_go_to_the_larger_hypervolume_then_to_no_order():
     wide = curve_of((1.0, 0.8), (0.3, 0.4), (0.2, 0.4), (0.1, 0.4), (0.0, 0.4))
     less = wide[:4]
     runs = [run_of(rate=1.0, curve=less), run_of(rate=2.0, curve=wide), run_of(rate=3.0, curve=less)]
-    assert mean_kept(runs[0]) == mean_kept(runs[1]) == pytest.approx(0.5)
-    assert best_setting(runs) == best_setting(runs[::-1]) == {"learning_rate": 2.0}
-    assert best_setting([runs[0], runs[2]]) == best_setting([runs[2], runs[0]])
+    assert score(runs[0], 0.2) == score(runs[1], 0.2) == pytest.approx(0.5)
+    assert best_setting(runs, 0.2) == best_setting(runs[::-1], 0.2) == {"learning_rate": 2.0}
+    assert best_setting([runs[0], runs[2]], 0.2) == best_setting([runs[2], runs[0]], 0.2)
 
 
 def test_a_search_is_of_one_family_and_has_no_final_runs():
     """Catches a setting that is chosen by the runs that are to judge it, or by another family's."""
     for other in (run_of(stage="final"), run_of(family="soul"), run_of(objective="ga"), run_of(task="tofu")):
         with pytest.raises(ValueError, match="`runs` must be"):
-            best_setting([run_of(), other])
-    with pytest.raises(ValueError, match="`runs` must be"):
-        share_landing([])
+            best_setting([run_of(), other], 0.2)
+    for choose in (share_landing, lambda runs: chosen_runs(runs, 0.2)):
+        with pytest.raises(ValueError, match="`runs` must be of one family"):
+            choose([])
+    with pytest.raises(ValueError, match="`runs` must be of one family"):
+        chosen_runs([run_of(stage="final"), run_of(stage="final", family="soul")], 0.2)
+
+
+def test_final_runs_are_those_of_the_setting_for_the_level():
+    """Catches finals of another level's setting, of the search's seeds, or in the order in which they were written."""
+    runs = level_runs()
+    for level, rate in ((0.3, 3.0), (0.2, 1.0), (0.1, 1.0)):
+        setting, finals = chosen_runs(runs[::-1], level)
+        assert setting == {"learning_rate": rate}
+        assert [(run.seed, run.stage, run.setting["learning_rate"]) for run in finals] == [
+            (1, "final", rate),
+            (2, "final", rate),
+        ]
+    # Defaults that were not searched are the setting of each level.
+    defaults = [run_of(stage="final", rate=7.0, seed=seed) for seed in (2, 1)]
+    assert chosen_runs(defaults, 0.3) == chosen_runs(defaults, 0.1) == ({"learning_rate": 7.0}, defaults[::-1])
+    assert chosen_runs([run_of(rate=7.0)], 0.2) == ({"learning_rate": 7.0}, [])
 
 
 def test_settings_land_and_not_runs():
@@ -240,7 +303,8 @@ def study_runs():
         runs += [run_of(0.5 + gain, family=family, rate=1.0), run_of(0.3, family=family, rate=2.0)]
         for seed, kept in ((1, 0.4), (2, 0.5), (3, 0.6)):
             extra = {"forget_quality": seed / 10, "seconds_per_step": seed * 1.0, "state_bytes": 8}
-            extra |= {"relearned": {"forget": seed / 10}, "rounded": {"forget": 0.25, "held_out": 0.05}}
+            extra |= {"relearned": {"before": 0.1, "after": 0.1 + seed / 10}}
+            extra |= {"rounded": {"forget": 0.25, "held_out": 0.05}}
             kept += gain * seed
             runs.append(run_of(kept, family=family, seed=seed, stage="final", rate=1.0, **extra))
     return runs
@@ -249,28 +313,66 @@ def study_runs():
 def test_a_summary_is_worked_out_by_hand():
     """Catches figures of the search in the final ones, a mean for a median, and a difference that is not by seed."""
     adamw, soul = summarise(study_runs(), "adamw")
-    assert (adamw.family, soul.family, soul.setting) == ("adamw", "soul", {"learning_rate": 1.0})
+    assert (adamw.family, soul.family) == ("adamw", "soul")
+    assert soul.settings == dict.fromkeys((0.3, 0.2, 0.1), {"learning_rate": 1.0})
     assert (soul.num_settings, soul.landing, soul.seeds, soul.num_failed) == (2, 0.0, (1, 2, 3), 0)
     # At 0.3 the run is 7/8 of the way that it is at 0.2, at 0.1 it is 9/8.
-    assert [kept.mean for kept in adamw.kept] == pytest.approx([1 - 0.5 * 7 / 8, 0.5, 1 - 0.5 * 9 / 8])
-    assert [(kept.level, kept.num_reached) for kept in adamw.kept] == [(0.3, 3), (0.2, 3), (0.1, 3)]
+    assert [kept.mean for kept in adamw.kept.values()] == pytest.approx([1 - 0.5 * 7 / 8, 0.5, 1 - 0.5 * 9 / 8])
+    assert {level: kept.num_reached for level, kept in adamw.kept.items()} == {0.3: 3, 0.2: 3, 0.1: 3}
+    assert adamw.scores[0.2] == pytest.approx({1: 0.4, 2: 0.5, 3: 0.6})
     assert (adamw.forget_quality, adamw.relearned, adamw.seconds_per_step) == (0.2, pytest.approx(0.2), 2.0)
     assert adamw.state_bytes == 8 and adamw.rounded_forget == pytest.approx(0.25)
     # At their ends the three keep 0.25, 0.375 and 0.5 of 0.8.
     assert adamw.rounded_held_out == pytest.approx(0.05 - 0.8 * 0.375)
     # Half of the way and all of it: 0.5 of (1 + end) / 2, and 0.5 of end, with a mean end of 0.375.
     assert adamw.hypervolume == pytest.approx(0.5 * (1 + 0.375) / 2 + 0.5 * 0.375)
-    assert adamw.difference is None
+    assert (adamw.differences, adamw.mean_difference) == ({}, None)
     margin = 4.302652729911275 * 0.1 / math.sqrt(3)
-    for at in (None, 0.2):
-        difference = summarise(study_runs(), "adamw", compared_at=at)[1].difference
-        assert (difference.mean, difference.num_seeds) == (pytest.approx(0.2), 3)
-        assert difference.high == pytest.approx(0.2 + margin)
+    # Of what is lost, the levels have 7/8, 1 and 9/8, and so of what is lost less.
+    for found, share in ((soul.differences[0.3], 7 / 8), (soul.differences[0.2], 1), (soul.mean_difference, 1)):
+        assert (found.mean, found.num_seeds) == (pytest.approx(0.2 * share), 3)
+        assert (found.low, found.high) == (
+            pytest.approx((0.2 - margin) * share),
+            pytest.approx((0.2 + margin) * share),
+        )
+    assert list(soul.differences) == [0.3, 0.2, 0.1]
+
+
+def test_every_level_is_of_its_own_setting():
+    """Catches one setting's runs at all levels, details of the wrong one, and a mean over levels of one setting."""
+    finals = [run_of(0.5, seed=seed, stage="final") for seed in (1, 2)]
+    adamw, lion = summarise([*finals, *level_runs()], "adamw")
+    assert lion.settings == {0.3: {"learning_rate": 3.0}, 0.2: {"learning_rate": 1.0}, 0.1: {"learning_rate": 1.0}}
+    # Seeds keep 0.9 and 0.8 at 0.3, and 0.6 and 0.7 at 0.2, so that they have lost 9/8 of 0.4 and 0.3 at 0.1.
+    assert lion.scores[0.3] == pytest.approx({1: 0.9, 2: 0.8})
+    assert lion.scores[0.2] == pytest.approx({1: 0.6, 2: 0.7})
+    assert lion.scores[0.1] == pytest.approx({1: 1 - 0.4 * 9 / 8, 2: 1 - 0.3 * 9 / 8})
+    assert lion.kept[0.3] == Kept(pytest.approx(0.85), 2, 2)
+    # The reference keeps 1 - 0.5 * 7/8 = 0.5625, 0.5 and 0.4375.
+    assert lion.differences[0.3].mean == pytest.approx(0.85 - 0.5625)
+    by_seed = [(0.9 + 0.6 + 0.55) / 3 - 0.5, (0.8 + 0.7 + 0.6625) / 3 - 0.5]
+    assert lion.mean_difference.mean == pytest.approx(sum(by_seed) / 2)
+    # Ends at 0.5 and 0.625 of the target; the runs of rate 3 would have 0.7 of 0.9 and 0.8.
+    assert lion.hypervolume == pytest.approx((0.5 * 0.75 + 0.5 * 0.5 + 0.5 * 0.8125 + 0.5 * 0.625) / 2)
+    other = summarise([*finals, *level_runs()], "adamw", detail_level=0.3)[1]
+    assert other.hypervolume == pytest.approx(0.7 * 0.85) and other.scores == lion.scores
+    with pytest.raises(ValueError, match="`detail_level` must be one of the levels"):
+        summarise(finals, "adamw", levels=(0.3, 0.1))
+
+
+def test_a_seed_without_runs_at_a_level_is_out_of_the_mean_over_levels():
+    """Catches a mean over fewer levels for some seeds, which compares another thing with the reference."""
+    finals = [run_of(0.5, seed=seed, stage="final") for seed in (1, 2)]
+    lion = [run for run in level_runs() if (run.seed, run.setting["learning_rate"]) != (2, 3.0)]
+    found = summarise([*finals, *lion], "adamw")[1]
+    assert {level: each.num_seeds for level, each in found.differences.items()} == {0.3: 1, 0.2: 2, 0.1: 2}
+    assert found.mean_difference.num_seeds == 1
+    assert found.mean_difference.mean == pytest.approx((0.9 + 0.6 + 0.55) / 3 - 0.5)
 
 
 def test_a_summary_does_not_depend_on_the_order_of_lines():
     """Catches seeds paired by place, and sums whose last digit depends on which run was written first."""
-    runs = study_runs()
+    runs = [*study_runs(), *level_runs()]
     expected = summarise(runs, "adamw")
     for seed in range(5):
         random.Random(seed).shuffle(runs)
@@ -281,17 +383,22 @@ def test_a_summary_counts_what_fails():
     """Catches a family that gains by failing: seeds that stop short or crash must not vanish from its figures."""
     runs = [run for run in study_runs() if (run.family, run.stage) != ("soul", "final")]
     soul = {"family": "soul", "stage": "final", "rate": 1.0}
+    general = {0: 4.0, 2: 4.5}
+    half = curve_of((1.0, 0.8), (0.5, 0.7), (0.0, 0.6), general=general)
     runs += [
-        run_of(0.8, seed=1, **soul),
-        run_of(seed=2, curve=curve_of((1.0, 0.8), (0.25, 0.8)), **soul),
+        run_of(seed=1, curve=half, **soul),
+        run_of(seed=2, curve=curve_of((1.0, 0.8), (0.25, 0.8), general={0: 4.0, 1: 9.0}), **soul),
         run_of(seed=3, curve=[], target={}, failed="out of memory", **soul),
     ]
-    row = summarise(runs, "adamw", compared_at=0.2)[1]
+    row = summarise(runs, "adamw")[1]
     assert (row.seeds, row.num_failed) == ((1, 2, 3), 1)
-    assert [(kept.num_reached, kept.num_seeds) for kept in row.kept] == [(2, 3), (1, 3), (1, 3)]
-    assert row.kept[1].mean == pytest.approx(0.8)
+    assert [(kept.num_reached, kept.num_seeds) for kept in row.kept.values()] == [(2, 3), (1, 3), (1, 3)]
+    # 0.2 is 4/5 of the way, and so of the rise of general text; the second run does not get there.
+    assert row.kept[0.2].mean == pytest.approx(0.8) and row.general == pytest.approx(0.4)
+    assert row.scores[0.2] == pytest.approx({1: 0.8, 2: 0, 3: 0})
     # 0.8, 0 and 0 against 0.4, 0.5 and 0.6.
-    assert row.difference.mean == pytest.approx(0.8 / 3 - 0.5) and row.difference.num_seeds == 3
+    found = row.differences[0.2]
+    assert found.mean == pytest.approx(0.8 / 3 - 0.5) and found.num_seeds == 3
     # Ends at 0.75; forgets three quarters for nothing; nothing.
     assert row.hypervolume == pytest.approx((0.5 * 0.875 + 0.5 * 0.75 + 0.75 + 0) / 3)
 
@@ -303,9 +410,10 @@ def test_a_study_under_way_has_rows():
         for stage, family in (("search", "adamw"), ("final", "soul"))
     )
     adamw, soul = summarise(search + final, "adamw")
-    assert (adamw.seeds, adamw.kept, adamw.hypervolume, adamw.num_settings) == ((), (), None, 2)
-    assert (soul.num_settings, soul.landing, soul.setting) == (0, None, {"learning_rate": 1.0})
-    assert adamw.difference is None and soul.difference is None
+    assert (adamw.seeds, adamw.kept, adamw.hypervolume, adamw.num_settings) == ((), {}, None, 2)
+    assert (soul.num_settings, soul.landing, soul.settings[0.1]) == (0, None, {"learning_rate": 1.0})
+    assert (soul.differences, soul.mean_difference, adamw.differences) == ({}, None, {})
+    assert verdicts([adamw, soul], "soul", "adamw") == {"npo": None}
     assert summarise([], "adamw") == []
 
 
@@ -317,6 +425,46 @@ def test_final_runs_are_of_new_seeds_and_of_the_chosen_setting():
     summarise([*runs, run_of(0.1, family="soul", objective="ga", seed=2, task="other")], "adamw")
     with pytest.raises(ValueError, match="'soul' on 'npo' of 'toy' has no final run of the setting"):
         summarise([*runs, run_of(0.9, family="soul", rate=9.0)], "adamw")
+    # A setting that is the best at one level only must have final runs too.
+    lion = [run for run in level_runs() if (run.stage, run.setting["learning_rate"]) != ("final", 3.0)]
+    with pytest.raises(ValueError, match="'lion' on 'npo' of 'toy' has no final run .* chose for 0.3: "):
+        summarise(lion, "adamw")
     finals = [run_of(0.5, stage="final", rate=rate) for rate in (1.0, 2.0)]
     with pytest.raises(ValueError, match="final runs of 2 settings"):
         summarise(finals, "adamw")
+
+
+def test_verdicts_need_the_whole_interval_above_zero():
+    """Catches a verdict by the mean alone, without seeds, of the wrong level, or with the families turned over."""
+    runs = []
+    # Gains of 0.2 and 0.21; of 0.2 and 0.4, whose interval is 0.3 -+ 12.706 * 0.1; of a single seed.
+    for objective, gains in (("ga", (0.2, 0.21)), ("npo", (0.2, 0.4)), ("rmu", (0.2,))):
+        for seed, gain in enumerate(gains, start=1):
+            where = {"objective": objective, "seed": seed, "stage": "final"}
+            runs += [run_of(0.5, **where), run_of(0.5 + gain, family="soul", **where)]
+    runs.append(run_of(0.5, objective="alone", family="soul", stage="final"))
+    # The reference of the rows is another than the verdict's.
+    rows = summarise(runs, "lion")
+    for level in (None, 0.2, 0.1):
+        assert verdicts(rows, "soul", "adamw", level) == {"ga": True, "npo": False, "rmu": None}
+        assert verdicts(rows, "adamw", "soul", level) == {"ga": False, "npo": False, "rmu": None}
+    with pytest.raises(ValueError, match="`level` must be one of"):
+        verdicts(rows, "soul", "adamw", 0.15)
+    with pytest.raises(ValueError, match="both 'soul' and 'lion'"):
+        verdicts(rows, "soul", "lion")
+    with pytest.raises(ValueError, match="one task"):
+        verdicts([*rows, *summarise([run_of(task="tofu")], "adamw")], "soul", "adamw")
+    with pytest.raises(ValueError, match="one task and objective"):
+        difference(rows[0], rows[-1])
+
+
+def test_a_verdict_is_of_its_level():
+    """Catches a verdict over the mean where a level was asked for: lion is better at 0.3 and lost below."""
+    runs = [run_of(0.5, seed=seed, stage="final") for seed in (1, 2)]
+    runs += [
+        run_of(family="lion", seed=seed, stage="final", curve=curve_of((1.0, 0.8), (0.3, 0.8 - seed / 1000)))
+        for seed in (1, 2)
+    ]
+    rows = summarise(runs, "adamw")
+    assert [verdicts(rows, "lion", "adamw", level)["npo"] for level in (0.3, 0.2, None)] == [True, False, False]
+    assert verdicts(rows, "adamw", "lion", 0.2) == {"npo": True}

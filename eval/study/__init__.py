@@ -4,10 +4,11 @@ A study of many runs: which family of optimizers forgets at the least cost, on w
 | file | what |
 |---|---|
 | `records.py` | runs, one JSON line each |
-| `figures.py` | what a run costs at a given forgetting, the best setting, differences by seed |
-| `summary.py` | one row for every task, objective and family |
+| `figures.py` | what a run keeps at a given forgetting, the best setting for it, differences by seed |
+| `summary.py` | one row for every task, objective and family; verdicts on two families |
 | `tables.py` | the rows in Markdown |
 | `drawing.py` | held-out against forget probability in the course of training |
 
-A family's setting is chosen on the seeds of the search, and its figures are made of other seeds. Imports no torch.
+A family's setting is chosen for each level of forgetting on the seeds of the search, and its figures are made of other
+seeds. A run counts by the best model on its way that has forgotten enough, not by the first. Imports no torch.
 """

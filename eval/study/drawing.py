@@ -8,7 +8,7 @@ import numpy as np
 
 from ..extras import require
 from ..runs import RUN_COLOURS
-from .figures import kept_at
+from .figures import DETAIL_LEVEL, best_kept, chosen_runs
 from .records import Run
 from .tables import ordered_families
 
@@ -25,12 +25,12 @@ PANELS_ACROSS = 3
 @dataclass(frozen=True)
 class Band:
     """
-    A family's curve over seeds.
+    A family's frontier over seeds: the most that is kept at each level or below it.
 
     Attributes:
         levels (`np.ndarray` of shape `(levels,)`): Forget probabilities, falling.
-        mean (`np.ndarray` of shape `(levels,)`): Share of the held-out probability over the seeds that get there; NaN
-            where none does.
+        mean (`np.ndarray` of shape `(levels,)`): [`~figures.best_kept`], over the seeds that get there; NaN where none
+            does.
         low (`np.ndarray` of shape `(levels,)`): Least over those seeds.
         high (`np.ndarray` of shape `(levels,)`): Most.
         num_reached (`np.ndarray` of shape `(levels,)`): Those seeds.
@@ -52,13 +52,13 @@ class Band:
 
 def band(runs: Sequence[Run], levels: Sequence[float]) -> Band:
     """
-    The curves of a family's seeds, read at the same levels.
+    The frontiers of a family's seeds, read at the same levels.
 
     Args:
         runs (`Sequence[Run]`): One a seed; one that has failed gets nowhere.
         levels (`Sequence[float]`): Forget probabilities.
     """
-    kept = np.array([[kept_at(run, level) for level in levels] for run in runs], dtype=np.float64)
+    kept = np.array([[best_kept(run, level) for level in levels] for run in runs], dtype=np.float64)
     num_reached = np.isfinite(kept).sum(axis=0)
     reached = num_reached > 0
     mean, low, high = np.full((3, len(levels)), np.nan)
@@ -72,24 +72,29 @@ def draw_curves(
     path: str | os.PathLike,
     labels: Mapping[str, str] | None = None,
     objectives: Sequence[str] | None = None,
+    families: Sequence[str] | None = None,
+    level: float = DETAIL_LEVEL,
     title: str | None = None,
 ) -> None:
     """
-    Draws a panel an objective and a line a family, and saves a PNG.
+    Draws a panel an objective and a line a family, of the final runs of its setting for a level, and saves a PNG.
 
     Args:
-        runs (`Sequence[Run]`): Of one task, stage and setting for each family and objective.
+        runs (`Sequence[Run]`): Of one task: those of the search, which choose the settings, and the final ones.
         path (`str` or `os.PathLike`): The PNG.
         labels (`Mapping[str, str]`, *optional*):
             What the legend calls families, in its order. With the same labels, pictures of several tasks agree in
             their colours.
         objectives (`Sequence[str]`, *optional*): Which, in which order; all by name by default.
+        families (`Sequence[str]`, *optional*): Which, all by default. They keep the colours that they have among all.
+        level (`float`, *optional*, defaults to 0.2): The forget probability that settings are chosen for.
         title (`str`, *optional*): Above the panels; the task by default.
 
     Raises:
-        ValueError: If there are no runs, or runs of several tasks, or of several of a family's on the same seed.
+        ValueError: If there are no final runs, or runs of several tasks, or two of a family's on the same seed, or
+            if a family has final runs but none of its setting.
     """
-    figure = curves_figure(runs, labels, objectives, title)
+    figure = curves_figure(runs, labels, objectives, families, level, title)
     figure.savefig(path, format="png", dpi=150, facecolor="white")
 
 
@@ -97,22 +102,25 @@ def curves_figure(
     runs: Sequence[Run],
     labels: Mapping[str, str] | None = None,
     objectives: Sequence[str] | None = None,
+    families: Sequence[str] | None = None,
+    level: float = DETAIL_LEVEL,
     title: str | None = None,
 ):
     """The figure of [`draw_curves`], unsaved."""
     objectives = sorted({run.objective for run in runs}) if objectives is None else list(objectives)
-    runs = [run for run in runs if run.objective in objectives]
-    _check_runs(runs)
-    # A label without runs takes its colour all the same, so that pictures agree.
+    # A label or a family that is not drawn takes its colour all the same, so that pictures agree.
     styles = family_styles(ordered_families({*(labels or {}), *(run.family for run in runs)}, labels))
+    finals = _final_runs(
+        [run for run in runs if run.objective in objectives and (families is None or run.family in families)], level
+    )
     across = min(PANELS_ACROSS, len(objectives))
     down = -(-len(objectives) // across)
     figure = mpl_figure.Figure(figsize=(max(3.6 * across, 5.4), 3.4 * down + 1.1), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
-    measured = [run.curve[0]["forget"] for run in runs if run.failed is None]
-    levels = np.linspace(max(measured, default=1.0), 0, NUM_LEVELS)
+    before = [run.target["forget"] for run in finals if run.failed is None]
+    levels = np.linspace(max(before, default=1.0), 0, NUM_LEVELS)
     for axes, objective in zip(panels, objectives):
-        _draw_panel(axes, [run for run in runs if run.objective == objective], objective, levels, styles)
+        _draw_panel(axes, [run for run in finals if run.objective == objective], objective, levels, styles)
     # What is held out may come to be known better than before.
     panels[0].set_ylim(0, max(1.05, panels[0].get_ylim()[1]))
     for axes in panels[len(objectives) :]:
@@ -123,8 +131,9 @@ def curves_figure(
             axes.xaxis.set_tick_params(labelbottom=True)
         if place % across == 0:
             axes.set_ylabel("share of held-out\nprobability kept")
-    figure.suptitle(title or runs[0].task, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    handles = _legend_lines({family: styles[family] for family in styles if any(r.family == family for r in runs)})
+    figure.suptitle(title or finals[0].task, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    drawn = {run.family for run in finals}
+    handles = _legend_lines({family: style for family, style in styles.items() if family in drawn})
     names = [(labels or {}).get(family, family) for family in handles]
     figure.legend(
         list(handles.values()), names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9
@@ -140,15 +149,20 @@ def family_styles(families: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def _check_runs(runs: Sequence[Run]) -> None:
+def _final_runs(runs: Sequence[Run], level: float) -> list[Run]:
+    """Those of every family's setting for a level."""
     tasks = sorted({run.task for run in runs})
-    if len(tasks) != 1:
+    if len(tasks) > 1:
         raise ValueError(f"`runs` must be of one task, but they are of {tasks}.")
-    places = [(run.objective, run.family, run.seed) for run in runs]
-    if len(set(places)) != len(places):
-        raise ValueError(
-            "`runs` must have one run for an objective, a family and a seed: choose a stage and a setting."
-        )
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.objective, run.family), []).append(run)
+    finals = [run for group in groups.values() for run in chosen_runs(group, level)[1]]
+    if not finals:
+        raise ValueError("`runs` must have final runs of what is to be drawn, but they have none.")
+    if len({run.key for run in finals}) != len(finals):
+        raise ValueError("`runs` must have one run for an objective, a family, a setting and a seed.")
+    return finals
 
 
 def _draw_panel(axes, runs: Sequence[Run], objective: str, levels: np.ndarray, styles: Mapping[str, dict]) -> None:

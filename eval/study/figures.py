@@ -12,7 +12,9 @@ from .records import Run
 
 # Forget probabilities at which runs are compared.
 LEVELS = (0.3, 0.2, 0.1)
-# A run lands if it forgets down to the one and keeps this share of the other.
+# The one whose setting is drawn and described in detail.
+DETAIL_LEVEL = 0.2
+# A run lands if it keeps this share at that level.
 LANDING_LEVEL, LANDING_SHARE = 0.2, 0.9
 
 
@@ -34,66 +36,82 @@ class PairedDifference:
     num_seeds: int
 
 
-def value_at(
-    curve: Sequence[Mapping], level: float, key: str = "held_out", relative_to: Mapping | None = None
-) -> float | None:
+def best_moment(curve: Sequence[Mapping], level: float) -> tuple[float, float] | None:
     """
-    A figure at the moment when the forget probability first falls to a level.
+    When a run keeps most of all the moments at which it has forgotten enough.
+
+    A curve need not fall: with a learning rate that decays, a run may lose what is held out in the middle and regain
+    it by the end, so that the first moment below a level says little of what the run can be stopped with.
 
     Args:
         curve (`Sequence[Mapping]`): A run's. Between evaluations, all figures move on straight lines over the steps.
-        level (`float`): Forget probability.
-        key (`str`, *optional*, defaults to `"held_out"`):
-            Which figure. One that was evaluated at some steps only is interpolated between those.
-        relative_to (`Mapping`, *optional*): The run's target, to get the share of its value.
+        level (`float`): Highest forget probability.
 
     Returns:
-        `float`, *optional*: `None` if the run never gets there, or the figure was not evaluated around that moment.
+        `tuple[float, float]`, *optional*: The step, with a fraction, and the held-out probability; of equals, the
+        earliest. `None` if the run never gets there.
     """
-    moment = _moment_at(curve, level)
-    known = [(entry["step"], entry[key]) for entry in curve if entry.get(key) is not None]
-    if moment is None or not known or not known[0][0] <= moment <= known[-1][0]:
+    # On the part of a line that is low enough, most is kept at one of its ends: an evaluation, or where it crosses.
+    moments = [(entry["step"], entry["held_out"]) for entry in curve if entry["forget"] <= level]
+    for before, after in zip(curve, curve[1:]):
+        if min(before["forget"], after["forget"]) < level < max(before["forget"], after["forget"]):
+            share = (before["forget"] - level) / (before["forget"] - after["forget"])
+            moments.append(tuple(before[key] + share * (after[key] - before[key]) for key in ("step", "held_out")))
+    return max(moments, key=lambda moment: (moment[1], -moment[0]), default=None)
+
+
+def best_kept(run: Run, level: float) -> float | None:
+    """
+    The largest share of the target's held-out probability that a run has at any moment of low enough forgetting.
+
+    Args:
+        run (`Run`): The run; one that has failed gets nowhere.
+        level (`float`): Highest forget probability.
+
+    Returns:
+        `float`, *optional*: At the [`best_moment`]; `None` if the run never gets there.
+    """
+    moment = None if run.failed is not None else best_moment(run.curve, level)
+    return None if moment is None else moment[1] / run.target["held_out"]
+
+
+def score(run: Run, level: float) -> float:
+    """The [`best_kept`] of a run, 0 if it never gets there: what searches and comparisons go by."""
+    return best_kept(run, level) or 0.0
+
+
+def general_rise(run: Run, level: float) -> float | None:
+    """
+    What a run costs on general text at its [`best_moment`].
+
+    Args:
+        run (`Run`): The run. General text may be evaluated at some steps only: it is interpolated between those.
+        level (`float`): Highest forget probability.
+
+    Returns:
+        `float`, *optional*: Nats a token above the target's; `None` if the run never gets there, or has not evaluated
+        general text around that moment.
+    """
+    if run.failed is not None or run.target.get("general") is None:
         return None
-    value = float(np.interp(moment, *zip(*known)))
-    if relative_to is None:
-        return value
-    return None if relative_to.get(key) is None else value / relative_to[key]
-
-
-def _moment_at(curve: Sequence[Mapping], level: float) -> float | None:
-    """The step, with a fraction, at which the forget probability first falls to a level."""
-    for place, entry in enumerate(curve):
-        if entry["forget"] > level:
-            continue
-        if place == 0:
-            return entry["step"]
-        before = curve[place - 1]
-        share = (before["forget"] - level) / (before["forget"] - entry["forget"])
-        return before["step"] + share * (entry["step"] - before["step"])
-    return None
-
-
-def kept_at(run: Run, level: float) -> float | None:
-    """The share of the target's held-out probability that is left at a level; `None` if a run fails or stops short."""
-    return None if run.failed is not None else value_at(run.curve, level, relative_to=run.target)
+    moment = best_moment(run.curve, level)
+    known = [(entry["step"], entry["general"]) for entry in run.curve if entry.get("general") is not None]
+    if moment is None or not known or not known[0][0] <= moment[0] <= known[-1][0]:
+        return None
+    return float(np.interp(moment[0], *zip(*known))) - run.target["general"]
 
 
 def lands(run: Run, level: float = LANDING_LEVEL, keep: float = LANDING_SHARE) -> bool:
     """
-    Whether a run forgets enough and keeps enough, both at the moment when it first has forgotten enough.
+    Whether a run forgets enough and keeps enough at one and the same moment.
 
     Args:
         run (`Run`): The run; one that has failed does not land.
         level (`float`, *optional*, defaults to 0.2): Highest forget probability.
         keep (`float`, *optional*, defaults to 0.9): Least share of the target's held-out probability.
     """
-    kept = kept_at(run, level)
+    kept = best_kept(run, level)
     return kept is not None and kept >= keep
-
-
-def mean_kept(run: Run, levels: Sequence[float] = LEVELS) -> float:
-    """The mean over levels of [`kept_at`], where a level that is not reached counts 0."""
-    return float(np.mean([kept_at(run, level) or 0.0 for level in levels]))
 
 
 def hypervolume(curve: Sequence[Mapping], target: Mapping) -> float:
@@ -130,13 +148,13 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return {key: groups[key] for key in sorted(groups)}
 
 
-def best_setting(runs: Sequence[Run], levels: Sequence[float] = LEVELS) -> dict:
+def best_setting(runs: Sequence[Run], level: float) -> dict:
     """
-    The setting that keeps most, by [`mean_kept`] over its seeds; of equals, the one of the larger hypervolume.
+    The setting that keeps most at a level, by the mean [`score`] over its seeds; of equals, of larger hypervolume.
 
     Args:
         runs (`Sequence[Run]`): The search of one family on one objective and task.
-        levels (`Sequence[float]`, *optional*, defaults to `(0.3, 0.2, 0.1)`): Forget probabilities.
+        level (`float`): Highest forget probability.
 
     Raises:
         ValueError: If there are none, or runs of more than one search, or runs that were kept for the end.
@@ -146,10 +164,41 @@ def best_setting(runs: Sequence[Run], levels: Sequence[float] = LEVELS) -> dict:
 
     def merit(key: str) -> tuple[float, float]:
         # Rounded, so that the order in which seeds are summed decides no tie.
-        kept = np.mean([mean_kept(run, levels) for run in groups[key]])
+        kept = np.mean([score(run, level) for run in groups[key]])
         return round(float(kept), 12), round(float(np.mean([run_hypervolume(run) for run in groups[key]])), 12)
 
     return groups[max(groups, key=merit)][0].setting
+
+
+def chosen_runs(runs: Sequence[Run], level: float) -> tuple[dict, list[Run]]:
+    """
+    A family's setting at a level, and the final runs of it.
+
+    Args:
+        runs (`Sequence[Run]`): All runs of one family on one objective and task.
+        level (`float`): Highest forget probability.
+
+    Returns:
+        `tuple[dict, list[Run]]`: The [`best_setting`] of the search or, if nothing was searched, the only one of the
+        final runs; and its final runs by seed, none as long as the family has none of any setting.
+
+    Raises:
+        ValueError: If the family has final runs, but none of that setting, or several settings and no search.
+    """
+    _check_family(runs)
+    search = [run for run in runs if run.stage == "search"]
+    finals = by_setting(sorted((run for run in runs if run.stage == "final"), key=lambda run: run.seed))
+    first = runs[0]
+    name = f"{first.family!r} on {first.objective!r} of {first.task!r}"
+    if not search:
+        if len(finals) > 1:
+            raise ValueError(f"{name} has final runs of {len(finals)} settings and no search to choose one.")
+        return first.setting, next(iter(finals.values()))
+    setting = best_setting(search, level)
+    key = next(run.setting_key for run in search if run.setting is setting)
+    if finals and key not in finals:
+        raise ValueError(f"{name} has no final run of the setting that its search chose for {level:g}: {setting}.")
+    return setting, finals.get(key, [])
 
 
 def share_landing(runs: Sequence[Run], level: float = LANDING_LEVEL, keep: float = LANDING_SHARE) -> float:
@@ -167,11 +216,15 @@ def share_landing(runs: Sequence[Run], level: float = LANDING_LEVEL, keep: float
 
 
 def _check_search(runs: Sequence[Run]) -> None:
-    searches = {(run.task, run.objective, run.family) for run in runs}
-    if len(searches) != 1:
-        raise ValueError(f"`runs` must be of one family, objective and task, but they are of {sorted(searches)}.")
+    _check_family(runs)
     if any(run.stage != "search" for run in runs):
         raise ValueError("`runs` must be those of the search, but some are final.")
+
+
+def _check_family(runs: Sequence[Run]) -> None:
+    families = {(run.task, run.objective, run.family) for run in runs}
+    if len(families) != 1:
+        raise ValueError(f"`runs` must be of one family, objective and task, but they are of {sorted(families)}.")
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:

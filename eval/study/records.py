@@ -31,8 +31,11 @@ class Run:
         forget_quality (`float`, *optional*): P-value of the final model.
         seconds_per_step (`float`, *optional*): Measured.
         state_bytes (`int`, *optional*): Of the optimizer's state.
-        relearned (`dict`, *optional*): `forget` after a fixed budget of relearning.
-        rounded (`dict`, *optional*): `forget` and `held_out` after rounding to 4 bits.
+        relearned (`dict`, *optional*):
+            `before` and `after`: forget probability of rows that were not relearned, before and after a fixed budget
+            of relearning the others, from a snapshot of the run.
+        rounded (`dict`, *optional*): `forget` and `held_out` of the last model after rounding to 4 bits.
+        depth (`float`, *optional*): Forget probability of that snapshot.
         failed (`str`, *optional*): Why the run is of no use.
     """
 
@@ -50,6 +53,7 @@ class Run:
     state_bytes: int | None = None
     relearned: dict | None = None
     rounded: dict | None = None
+    depth: float | None = None
     failed: str | None = None
 
     @property
@@ -127,19 +131,19 @@ def _check_measured(run: Run) -> None:
     steps = [entry["step"] for entry in run.curve]
     if any(later <= earlier for earlier, later in zip(steps, steps[1:])):
         raise ValueError(f"the steps of `curve` must rise, but they are {steps}.")
-    for name in ("forget_quality", "seconds_per_step", "state_bytes"):
+    for name in ("forget_quality", "seconds_per_step", "state_bytes", "depth"):
         if getattr(run, name) is not None and not _is_number(getattr(run, name)):
             raise ValueError(f"`{name}` must be a number, but it is {getattr(run, name)!r}.")
     for name in ("gold", "relearned", "rounded"):
         found = getattr(run, name)
         if found is not None:
-            _check_figures(found, name, needed=("forget",) if name == "relearned" else _NEEDED)
+            _check_figures(found, name, needed=("before", "after") if name == "relearned" else _NEEDED)
 
 
 def _check_figures(figures: dict, name: str, needed: tuple[str, ...] = _NEEDED) -> None:
     if not isinstance(figures, dict):
         raise ValueError(f"`{name}` must be an object, but it is {figures!r}.")
-    for key in _PROBABILITIES:
+    for key in dict.fromkeys((*_PROBABILITIES, *needed)):
         value = figures.get(key)
         if value is None and key not in needed:
             continue

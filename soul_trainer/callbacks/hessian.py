@@ -106,7 +106,7 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
             with forked_rng():
                 if self.settings.curvature:
                     self._read_curvature()
-                elif interval:
+                elif interval and self.settings.rule != "kronecker":
                     self._estimate(draw=step, rows=self._sample(step), decay=None)
                 else:
                     self._estimate_once()
@@ -161,7 +161,7 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         return [rows[index] for index in chosen]
 
     def _estimate_once(self) -> None:
-        """The plain mean of estimates over one pass, or over two where matrices have curvature of their own."""
+        """The plain mean of estimates over one pass, or over two where matrices have curvature of their own; anew."""
         size = self.settings.hessian_batch_size
         rows = self._sample(draw=0, num_rows=self.settings.hessian_rows or len(self._all_rows()))
         draws = itertools.count()

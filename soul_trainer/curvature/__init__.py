@@ -8,13 +8,15 @@ How the loss bends: everything that is measured of its curvature. It knows nothi
 | `layers.py` | sums over the inputs and output gradients of linear layers, by hooks |
 | `kronecker.py` | eigenbases of these sums, second moments in them, and their inverse |
 | `measure.py` | the two passes over rows that give them |
+| `resumable.py` | the passes and the diagonal, written down on the way |
 | `file.py` | all of it on disk |
+| `command.py` | `python -m soul_trainer.curvature`, which makes such a file |
 | `products.py` | the Gauss-Newton matrix itself, as products with vectors |
 | `report.py` | what a step did |
 """
 
 from .estimators import ESTIMATORS, estimate_hessian
-from .file import Curvature, load_curvature, save_curvature
+from .file import Curvature, check_model, load_curvature, save_curvature
 from .kronecker import KroneckerCurvature
 from .layers import linear_layers
 from .measure import measure_matrices
@@ -25,6 +27,7 @@ __all__ = [
     "ESTIMATORS",
     "Curvature",
     "KroneckerCurvature",
+    "check_model",
     "estimate_hessian",
     "linear_layers",
     "load_curvature",

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 # What a chunk of rows may hold at once, in numbers: 256 MB of float32.
 CHUNK_NUMBERS = 2**26
+# Of the largest gradient: what is smaller is none, but the rounding of a zero. A row's first token has such a gradient
+# in its query, as it attends to nothing but itself, and whether it is exactly zero depends on the batch.
+NO_GRADIENT = 1e-6
 # What wrappers of modules, which keep the parameters, put into the names.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -110,7 +113,10 @@ class Factors:
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Adds inputs `(..., in)` and the gradients `(..., out)` of the summed loss in the outputs."""
         inputs, gradients = inputs.flatten(0, -2), gradients.flatten(0, -2)
-        is_used = (gradients != 0).any(1)
+        if not len(gradients):
+            return
+        sizes = gradients.abs().amax(1)
+        is_used = ~(sizes <= NO_GRADIENT * sizes.max())  # what is not a number stays, and shows in the sums
         inputs, gradients = inputs[is_used].to(self.dtype), gradients[is_used].to(self.dtype)
         self.inputs.addmm_(inputs.T, inputs)
         self.outputs.addmm_(gradients.T, gradients)

@@ -1,11 +1,11 @@
 """
 The gradient of the loss, its Gauss-Newton matrix G (of the mean per answer token), as a diagonal and as products with
-vectors, and the solution of (G + damping I) x = b.
+vectors, what stands for it to be inverted, and the solution of (G + damping I) x = b.
 
 A vector is a list of tensors of the parameters' shapes, at least float32. Models are without dropout, in one process.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..batch import IGNORE_INDEX, ForgetRetainBatch
 from ..log_probs import shift_labels, token_log_probs
 from ..optim import Sophia
 from .estimators import estimate_hessian
+from .file import Curvature
+from .layers import LayerStatistics, linear_layers
+from .measure import measure_matrices
 
 
 logger = logging.get_logger(__name__)
@@ -38,13 +41,17 @@ def loss_gradient(
     Raises:
         FloatingPointError: If the loss of a row is not finite; it is named.
     """
-    sums = _zeros(parameters)
+    sums = wide_zeros(parameters)
     for batch in batches:
-        losses = -token_log_probs(_logits(model, batch), shift_labels(batch["labels"])).sum(1)
-        if bad_rows := batch["row"][~losses.isfinite()].tolist():
-            raise FloatingPointError(f"The loss is not finite at the rows {bad_rows}.")
-        _accumulate(sums, torch.autograd.grad(losses.sum(), parameters, materialize_grads=True))
+        losses = _row_losses(model, batch).sum()
+        _accumulate(sums, torch.autograd.grad(losses, parameters, materialize_grads=True))
     return sums
+
+
+@torch.no_grad()
+def mean_answer_loss(model: torch.nn.Module, batches: Sequence[ForgetRetainBatch]) -> float:
+    """The mean loss per answer token, in nats; see [`loss_gradient`]."""
+    return sum(float(_row_losses(model, batch).double().sum()) for batch in batches) / count_tokens(batches)
 
 
 def gauss_newton_diagonal(
@@ -53,6 +60,8 @@ def gauss_newton_diagonal(
     batches: Sequence[ForgetRetainBatch],
     num_draws: int = 1,
     seed: int = 0,
+    first_draw: int = 0,
+    statistics: LayerStatistics | None = None,
 ) -> list[Tensor]:
     """
     The Gauss-Newton-Bartlett estimate of the diagonal, the mean of estimates of single rows, weighted by their answer
@@ -64,6 +73,8 @@ def gauss_newton_diagonal(
         batches (`Sequence[ForgetRetainBatch]`): Rows, however split.
         num_draws (`int`, *optional*, defaults to 1): Labels that are sampled for each token.
         seed (`int`, *optional*, defaults to 0): Of the sampled labels.
+        first_draw (`int`, *optional*, defaults to 0): Draws of other numbers sample other labels.
+        statistics ([`~layers.LayerStatistics`], *optional*): Entered: the same backwards add to its sums.
 
     Returns:
         `list[torch.Tensor]`: Of the parameters' shapes, at least float32, >= 0.
@@ -71,16 +82,58 @@ def gauss_newton_diagonal(
     Raises:
         FloatingPointError: If the loss of a row is not finite; it is named.
     """
-    optimizer, means = Sophia(parameters), _zeros(parameters)
+    optimizer, means = Sophia(parameters), wide_zeros(parameters)
     num_tokens = num_draws * count_tokens(batches)
-    for draw in range(num_draws):
+    for draw in range(first_draw, first_draw + num_draws):
         for row in filter(lambda row: count_tokens([row]), _rows(batches)):
-            estimate_hessian(model, optimizer, [row], seed=seed, draw=draw, decay=0.0)
+            estimate_hessian(model, optimizer, [row], seed=seed, draw=draw, decay=0.0, statistics=statistics)
             for parameter, mean in zip(parameters, means):
                 if state := optimizer.state[parameter]:
                     mean.add_(state["hessian"], alpha=count_tokens([row]) / num_tokens)
                     state["hessian"].zero_()  # or a row that does not use the weight would count it again
     return means
+
+
+def measure_curvature(
+    model: torch.nn.Module,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[ForgetRetainBatch],
+    has_matrices: bool = True,
+    num_draws: int = 1,
+    rank: int | None = None,
+    seed: int = 0,
+) -> Curvature:
+    """
+    What stands for G where it is to be inverted: the curvature of linear layers, and the diagonal.
+
+    Args:
+        model (`torch.nn.Module`): Without dropout; only `weights` have gradients.
+        weights (`Mapping[str, torch.Tensor]`): The parameters that train, by name.
+        batches (`Sequence[ForgetRetainBatch]`): Rows, however split.
+        has_matrices (`bool`, *optional*, defaults to `True`): Whether linear layers have one, which takes two passes.
+        num_draws (`int`, *optional*, defaults to 1): Labels that are sampled for each token in a pass.
+        rank (`int`, *optional*): Eigenvectors that are kept of each factor, >= 1; by default all.
+        seed (`int`, *optional*, defaults to 0): Of the sampled labels.
+
+    Returns:
+        [`Curvature`]: Of all `weights`; its metadata says `num_tokens`.
+    """
+    parameters, passes = list(weights.values()), []
+
+    def estimate(statistics: LayerStatistics | None = None) -> None:
+        # Other labels in the second pass: in a basis of the same ones the leading directions would look too steep.
+        first = num_draws * len(passes)
+        passes.append(gauss_newton_diagonal(model, parameters, batches, num_draws, seed, first, statistics))
+
+    layers = linear_layers(model) if has_matrices else {}
+    matrices = measure_matrices(layers, estimate, rank=rank) if layers else {}
+    if not layers:
+        estimate()
+    diagonal = passes[0]
+    for other in passes[1:]:
+        _accumulate(diagonal, other)
+    torch._foreach_div_(diagonal, len(passes))
+    return Curvature(dict(zip(weights, diagonal)), matrices, {"num_tokens": count_tokens(batches)})
 
 
 def gauss_newton_product(
@@ -103,7 +156,7 @@ def gauss_newton_product(
     Returns:
         `list[torch.Tensor]`: Of the parameters' shapes, at least float32.
     """
-    num_tokens, products = count_tokens(batches), _zeros(parameters)
+    num_tokens, products = count_tokens(batches), wide_zeros(parameters)
     for batch in batches:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             scores = _logits(model, batch)[shift_labels(batch["labels"]) != IGNORE_INDEX]
@@ -187,7 +240,15 @@ def _logits(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
-def _zeros(parameters: list[Tensor]) -> list[Tensor]:
+def _row_losses(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
+    losses = -token_log_probs(_logits(model, batch), shift_labels(batch["labels"])).sum(1)
+    if bad_rows := batch["row"][~losses.isfinite()].tolist():
+        raise FloatingPointError(f"The loss is not finite at the rows {bad_rows}.")
+    return losses
+
+
+def wide_zeros(parameters: list[Tensor]) -> list[Tensor]:
+    """A vector of zeros."""
     return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
 
 

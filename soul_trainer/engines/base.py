@@ -208,6 +208,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         inside: Callable[[Soul], AbstractContextManager],
         max_grad_norm: float = 0.0,
+        model: torch.nn.Module | None = None,
     ) -> bool:
         """
         Sends the gradients through the engine's own step into what the optimizer keeps, moving nothing.
@@ -216,6 +217,7 @@ class Engine:
             optimizer (`torch.optim.Optimizer`): [`~optim.Soul`], or the engine's wrapper of it.
             inside (`Callable`): Enters the context of the optimizer in which its step moves nothing.
             max_grad_norm (`float`, *optional*, defaults to 0.0): Clips the gradients before; 0 does not.
+            model (`torch.nn.Module`, *optional*): Whose gradients are clipped, as the Trainer prepared it.
 
         Returns:
             `bool`: False if the engine skipped the step, because float16 overflowed: its loss scale is lower now.
@@ -231,8 +233,7 @@ class Engine:
         state._set_sync_gradients(True)
         try:
             if max_grad_norm > 0:
-                parameters = [p for group in soul.param_groups for p in group["params"]]
-                self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
+                self.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
             with inside(soul):
                 optimizer.step()
         finally:

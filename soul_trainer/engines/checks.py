@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from ..config import SOUL_NAMES
-from ..optim import Sophia
+from ..optim import Soul
 from .base import Engine
 from .deepspeed import DeepSpeedEngine
 from .fsdp import is_sharded
@@ -61,7 +61,7 @@ def check_estimator(estimator: str, engine: Engine) -> None:
 def check_trainer(trainer: Trainer, engine: Engine) -> None:
     """Raises a `ValueError` for arguments of an [`UnlearnTrainer`] that it, or the engine, cannot honour."""
     args = trainer.args
-    if args.optim in SOUL_NAMES and not isinstance(trainer.optimizer, Sophia | None):
+    if args.optim in SOUL_NAMES and not isinstance(trainer.optimizer, Soul | None):
         raise ValueError(
             f"`optimizers` is a {type(trainer.optimizer).__name__}, but `optim` names Sophia: leave one out."
         )

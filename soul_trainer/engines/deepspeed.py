@@ -57,6 +57,7 @@ class DeepSpeedEngine(Engine):
         optimizer: torch.optim.Optimizer,
         inside: Callable[[Soul], AbstractContextManager],
         max_grad_norm: float = 0.0,
+        model: torch.nn.Module | None = None,
     ) -> bool:
         """Sends the gradients through the engine's step, with its clipping as asked and its counters put back."""
         engine = self.deepspeed
@@ -148,6 +149,10 @@ class FlatPartition(Partition):
     def sum(self, params: list[Tensor], numbers: Tensor) -> Tensor:
         """Over all processes, each of which holds other elements."""
         return self._total(numbers.to(self._device)).to(numbers.device)
+
+    def is_whole(self, params: set[Tensor]) -> bool:
+        """DeepSpeed steps parameter groups, and sub-groups in stage 3, one by one."""
+        return not self._sections or params == set(self._sections)
 
     def params(self, groups: list[dict]) -> list[Tensor]:
         """The flat parameters, which stage 3 gives to its groups for a step alone."""

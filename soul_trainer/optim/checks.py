@@ -22,8 +22,10 @@ def check_settings(settings: dict) -> None:
     check_range("hessian_interval", interval, interval is None or interval >= 1, "None or >= 1")
     dtype = get("state_dtype")
     check_range("state_dtype", dtype, dtype in ("float32", "bfloat16"), "torch.float32 or torch.bfloat16")
-    is_scaled = get("scaling") != "none" or RULES[get("rule")].clips
-    check_range("scaling", get("scaling"), is_scaled, "tensor or trust_region, as only the rule sophia clips by itself")
+    if RULES[get("rule")].clips:
+        check_range("scaling", get("scaling"), get("scaling") == "none", f"none with the rule {get('rule')}, which clips")
+    else:
+        check_range("scaling", get("scaling"), get("scaling") != "none", "tensor or trust_region, unless the rule clips")
 
 
 def check_refresh(scale: float, decay: float | None) -> None:

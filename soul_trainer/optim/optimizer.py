@@ -119,12 +119,16 @@ class Soul(Optimizer):
         self.matrices: Mapping[str, MatrixCurvature] = {}
         self._inside: Callable[[], None] | None = None
         self._means: dict[tuple[int, ...], list[Tensor]] = {}
-        # By parameter, because ZeRO-3 empties the groups between its steps.
+        # The groups of the last step's parameters, by parameter, because ZeRO-3 empties the groups between its steps.
         self._stepped: dict[Tensor, dict] = {}
+        # Those that ever had a gradient here.
+        self._reached: set[Tensor] = set()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._begin()
+        if not hasattr(self, "partition"):  # a copy; PyTorch comes here with what is loaded as well
+            self._begin()
+        self._means, self._stepped = {}, {}
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters; see [`torch.optim.Optimizer.add_param_group`]."""
@@ -133,6 +137,13 @@ class Soul(Optimizer):
             if param.is_complex():
                 self.param_groups.pop()
                 raise TypeError(f"Sophia has no rule for complex parameters, and one has dtype {param.dtype}.")
+
+    def merge_groups(self) -> None:
+        """Makes one of all parameter groups, which must have the same settings."""
+        first, *others = self.param_groups
+        for group in others:
+            first["params"] += group["params"]
+        self.param_groups[:] = [first]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -153,14 +164,15 @@ class Soul(Optimizer):
         if self._inside is not None:
             self._inside()
             return loss
-        buckets = []
-        for bucket in self._buckets():
+        buckets = list(self._buckets())
+        if any(param in self._stepped for bucket in buckets for param in bucket.params):
+            self._stepped = {}  # or else the engine is at another group of the same step
+        for bucket in buckets:
             interval = bucket.group["hessian_interval"]
             due = [param for param in bucket.params if interval and int(self.state[param]["step"]) % interval == 0]
             if due:
                 self._fold(self._bucket(bucket.group, due), 1.0, bucket.group["betas"][1], square=True)
             self._average(bucket, "exp_avg")
-            buckets.append(bucket)
         for bucket, halves in self._halves(buckets):
             lr, weights = bucket.group["lr"], bucket.weights()
             update = self._joined(bucket, halves)
@@ -195,8 +207,7 @@ class Soul(Optimizer):
     @contextmanager
     def forget_gradient(self) -> Iterator[None]:
         """A context in which `step()` averages the gradient into the forget half's momentum and moves nothing."""
-        for group in self.param_groups:
-            check_range("two_directions", group["two_directions"], group["two_directions"], "True for it")
+        self._check_two_directions()
         with self._moving_nothing("forget_gradient", self.update_forget_momentum):
             yield
 
@@ -213,6 +224,7 @@ class Soul(Optimizer):
     @torch.no_grad()
     def update_forget_momentum(self) -> None:
         """Averages the gradients that are there now into the momentum of the forget half. For plain loops."""
+        self._check_two_directions()
         for bucket in self._buckets():
             self._average(bucket, "exp_avg_forget")
 
@@ -227,6 +239,8 @@ class Soul(Optimizer):
         Raises:
             ValueError: If a tensor that trains is not among them, or has another shape.
         """
+        if not RULES[self.defaults["rule"]].has_hessian:
+            raise ValueError(f"`rule`={self.defaults['rule']!r} keeps no Hessian: there is nothing to set.")
         for param in self.partition.params(self.param_groups):
             if not self.state[param]:
                 self.state[param] = self._new_state(self.param_groups[0], param)
@@ -258,7 +272,10 @@ class Soul(Optimizer):
         rates = {id(group): rate for group, rate in zip(self.param_groups, learning_rates)}
         figures = {}
         for bucket, halves in self._halves(list(self._stepped_buckets())):
-            clipped = [torch.stack([(part.abs() >= 1).sum() for part in parts]).float().mean() for parts in zip(*halves)]
+            limit = float("inf") if bucket.group["scaling"] == "trust_region" else 1.0  # where nothing is clipped
+            clipped = [
+                torch.stack([(part.abs() >= limit).sum() for part in parts]).float().mean() for parts in zip(*halves)
+            ]
             squares = [part.square().sum() for part in self._joined(bucket, halves)]
             hessians = bucket.state("hessian") if self._rule(bucket.group).has_hessian else None
             sums = {
@@ -294,6 +311,10 @@ class Soul(Optimizer):
                 elif isinstance(value, Tensor) and loaded.dtype != value.dtype:
                     self.state[param][key] = value.to(loaded.device, copy=True)
 
+    def _check_two_directions(self) -> None:
+        if not self.defaults["two_directions"]:
+            raise ValueError("`two_directions` must be True for a forget gradient to have a momentum of its own.")
+
     @contextmanager
     def _moving_nothing(self, name: str, step: Callable[[], None]) -> Iterator[None]:
         if self._inside is not None:
@@ -310,7 +331,7 @@ class Soul(Optimizer):
 
     def _bucket(self, group: dict, params: list[Tensor]) -> Bucket:
         states = [{key: local(value) for key, value in self.state[param].items()} for param in params]
-        return Bucket(group, params, states, self.partition, self.matrices)
+        return Bucket(group, params, states, self.partition, self.matrices if group["rule"] == "kronecker" else {})
 
     def _buckets(self) -> Iterator[Bucket]:
         """Parameters that have a gradient, by group and by what one multi-tensor kernel can take; their state made."""
@@ -325,8 +346,11 @@ class Soul(Optimizer):
                     continue
                 if not self.state[param]:
                     self.state[param] = self._new_state(group, param)
+                if param.grad is not None:
+                    self._reached.add(param)
                 # In two directions, a half that does not reach a parameter has a gradient of zero there.
-                if param.grad is not None or group["two_directions"]:
+                is_reached = param in self._reached or float(self.state[param]["step"]) > 0
+                if param.grad is not None or (group["two_directions"] and is_reached):
                     kinds[self.partition.layout(param), type(param), param.device, param.dtype].append(param)
             for params in kinds.values():
                 parts = [[param] for param in params] if group["foreach"] is False else [params]
@@ -387,6 +411,11 @@ class Soul(Optimizer):
                 halves = [self._rule(bucket.group).directions(bucket, name, means) for name in names]
                 yield bucket, [scale_to_tensors(bucket, half) for half in halves] if scaling == "tensor" else halves
             return
+        if not self.partition.is_whole({param for bucket in buckets for param in bucket.params}):
+            raise ValueError(
+                "A trust region is one length over all weights, and the engine steps them in parts: under DeepSpeed, set "
+                "`weight_decay=0`, which makes one parameter group, and `sub_group_size` over the number of weights."
+            )
         whole = None if buckets[0].group["damping_scope"] == "tensor" else self._model_mean(buckets)
         halves = []
         for name in names:

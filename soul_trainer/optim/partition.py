@@ -56,6 +56,10 @@ class Partition:
         """What parameters must share to be summed in one call: how they are spread over processes."""
         return (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
 
+    def is_whole(self, params: set[Tensor]) -> bool:
+        """Whether a step of these parameters is one of the whole model, as far as it has a gradient."""
+        return True
+
     def sum(self, params: list[Tensor], numbers: Tensor) -> Tensor:
         """
         Sums what each process says of its sections.

@@ -72,7 +72,7 @@ class Bucket:
     def hessian_means(self) -> list[Tensor]:
         """The mean over the whole tensor of `h`, or of the curvature of a matrix that has one; of each section."""
         sums = self.sum([part.clamp_min(0).sum() for part in floats(self.state("hessian"))])
-        means = (sums / numel(self.sections, sums)).clamp_min(LEAST).to(self.device)
+        means = (sums / numel(self.sections, sums).clamp_min(1)).clamp_min(LEAST).to(self.device)
         matrices = [self.matrices.get(section.name) for section in self.sections]
         return [mean if matrix is None else mean.new_tensor(matrix.mean) for mean, matrix in zip(means, matrices)]
 

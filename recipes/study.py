@@ -1,0 +1,102 @@
+"""
+The study of docs/study.md: which optimizer forgets at the least cost, searched equally, on seeds that were not searched.
+
+    accelerate launch recipes/study.py --output_dir outputs/study                # resumes; on several processes, faster
+    python recipes/study.py --tasks embedded-0.3M --objectives npo --families adamw,soul
+    python recipes/study.py --report docs/study                                  # tables and figures of rows there
+
+A run is a line of `<output_dir>/runs-<process>.jsonl`. Each family gets 24 settings on one seed; those that keep most at
+each depth run again on other seeds, which make the figures.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from study_families import FAMILIES, LEVELS, OBJECTIVES, key, search_plan
+from study_runs import measure
+from study_tasks import TASKS, make_task
+
+from soul_eval.study.figures import best_setting
+from soul_eval.study.records import read_runs
+
+
+SEARCH_SEED = 100
+FINAL_SEEDS = {"embedded-0.3M": 5, "embedded-2M": 3, "embedded-10M": 3, "tofu": 3, "smollm2": 3}
+
+
+def done(folder: Path) -> dict[str, dict]:
+    """The lines of all processes, by run; a line that was cut off is no run."""
+    lines = {}
+    for path in sorted(folder.glob("runs-*.jsonl")):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            lines[key(line)] = line
+    return lines
+
+
+def final_plan(folder: Path, task: str, families: list[str], objectives: list[str]) -> list[dict]:
+    """The settings that the search chose for each depth, on every other seed; and defaults, which need no search."""
+    runs = [run for path in sorted(folder.glob("runs-*.jsonl")) for run in read_runs([path])]
+    plan = []
+    for seed in range(FINAL_SEEDS[task]):
+        for objective in objectives:
+            for name in families:
+                found = [
+                    run
+                    for run in runs
+                    if (run.task, run.family, run.objective, run.stage) == (task, name, objective, "search")
+                ]
+                settings = [best_setting(found, level) for level in LEVELS] if FAMILIES[name].varied else [{}]
+                unique = {json.dumps(setting, sort_keys=True): setting for setting in settings}
+                shared = {"task": task, "family": name, "objective": objective}
+                plan += [{**shared, "setting": each, "seed": seed, "stage": "final"} for each in unique.values()]
+    return plan
+
+
+def work(plan: list[dict], args: argparse.Namespace) -> None:
+    """Does this process's runs of a plan, those that nobody has done."""
+    index, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard:
+        index, num_processes = map(int, args.shard.split("/"))
+    path = args.output_dir / f"runs-{index}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known, tasks = done(args.output_dir), {}
+    for run in plan[index::num_processes]:
+        if key(run) in known:
+            continue
+        place = (run["task"], run["seed"])
+        if place not in tasks:
+            tasks = {place: make_task(*place, args.output_dir / "models", args.dataset)}
+        line = measure(run, tasks[place])
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Searches, then runs what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--dataset", type=Path, default=Path("tofu"), help="TOFU's folder, for tofu and smollm2.")
+    parser.add_argument("--stage", choices=("search", "final"), help="By default one after the other.")
+    parser.add_argument("--shard", help="Without a launcher: this process's part of the runs, index/number.")
+    for name, known in (("tasks", TASKS), ("families", FAMILIES), ("objectives", OBJECTIVES)):
+        default = ",".join(known) if name != "tasks" else "embedded-0.3M"
+        parser.add_argument(f"--{name}", default=default, help=f"Of {', '.join(known)}.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks, families, objectives = (getattr(args, name).split(",") for name in ("tasks", "families", "objectives"))
+    for task in tasks:
+        if args.stage != "final":
+            work(search_plan(task, families, objectives, SEARCH_SEED), args)
+        if args.stage != "search":
+            work(final_plan(args.output_dir, task, families, objectives), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What `study.py` compares: families of optimizers, 24 settings each, and the objectives that all of them meet."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from study_optimizers import FilteredAdam, Lion, SplitAdam
+
+
+OBJECTIVES = {
+    "ga": {"forget_loss": "ga"},
+    "npo": {"forget_loss": "npo"},
+    "simnpo": {"forget_loss": "simnpo"},
+    "refusal": {"forget_loss": "refusal"},
+    "rmu": {"forget_loss": "rmu", "retain_loss": "activations", "trainable_parameters": ".*"},
+}
+LEVELS = (0.3, 0.2, 0.1)
+# Learning rates are those of width 96; wider models get as much less.
+REFERENCE_WIDTH = 96
+_WEIGHTS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
+_ONCE = {"hessian_interval": 0, "hessian_estimator": "empirical_fisher", "hessian_label_smoothing": 0.1}
+_RELEASED = {
+    "hessian_data": "training",
+    "hessian_estimator": "empirical_fisher",
+    "hessian_interval": 1,
+    "bias_correction": False,
+}
+
+
+@dataclass
+class Family:
+    """
+    An optimizer, whatever its setting.
+
+    Args:
+        label (`str`): What tables call it.
+        fixed (`dict`): Settings of [`UnlearnConfig`] that stay.
+        varied (`dict[str, tuple]`, *optional*): Those that the search chooses, in all combinations; without, defaults.
+        optimizer (`Callable`, *optional*):
+            Makes the optimizer, `(params, setting) -> Optimizer`, where no name does.
+    """
+
+    label: str
+    fixed: dict
+    varied: dict[str, tuple] = field(default_factory=dict)
+    optimizer: Callable | None = None
+
+    def settings(self) -> list[dict]:
+        """Every combination."""
+        return [dict(zip(self.varied, values)) for values in itertools.product(*self.varied.values())]
+
+
+def _muon(params: list, setting: dict) -> torch.optim.Optimizer:
+    matrices = [param for param in params if param.ndim == 2]
+    return torch.optim.Muon(matrices, lr=setting["learning_rate"], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+def _two_directions(rule: str) -> Family:
+    varied = {"learning_rate": (2e-4, 4e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3), "retain_weight": (0.5, 1.0, 2.0, 4.0)}
+    names = {"none": "no curvature", "diagonal": "diagonal", "kronecker": "Kronecker"}
+    return Family(f"two directions, {names[rule]}", {"optim": "soul", "rule": rule}, varied)
+
+
+def _forget_only(rule: str) -> Family:
+    rates = (5e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3, 7e-3, 1.2e-2, 2e-2)
+    varied = {"learning_rate": rates, "damping": (0.03, 0.1, 0.3)}
+    if rule == "none":
+        # A step of the gradient's direction, of this length over all weights.
+        varied = {"learning_rate": tuple(round(0.003 * 1.4**place, 6) for place in range(12)), "beta1": (0.0, 0.9)}
+    names = {"none": "no curvature", "diagonal": "diagonal", "kronecker": "Kronecker"}
+    fixed = {"optim": "soul", "rule": rule, "retain_loss": "curvature"}
+    return Family(f"forget rows alone, {names[rule]}", fixed, varied)
+
+
+FAMILIES = {
+    "adamw": Family(
+        "AdamW on the sum",
+        {"optim": "adamw_torch", "warmup_steps": 20},
+        {"learning_rate": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "retain_weight": _WEIGHTS},
+    ),
+    "soul": Family("SOUL by defaults", {"optim": "soul"}),
+    "forget_none": _forget_only("none"),
+    "forget_diagonal": _forget_only("diagonal"),
+    "forget_kronecker": _forget_only("kronecker"),
+    "two_none": _two_directions("none"),
+    "two_diagonal": _two_directions("diagonal"),
+    "two_kronecker": _two_directions("kronecker"),
+    "adam_split": Family(
+        "Adam for each half",
+        {"optim": "soul", "rule": "none", "warmup_steps": 20},
+        {"learning_rate": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), "retain_weight": (0.5, 1.0, 2.0, 4.0)},
+        lambda params, setting: SplitAdam(params, setting["learning_rate"]),
+    ),
+    "filter": Family(
+        "Kronecker filter, then AdamW",
+        {"optim": "soul", "rule": "kronecker", "warmup_steps": 20},
+        {"learning_rate": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "retain_weight": (1.0, 5.0, 20.0), "damping": (0.03, 0.1)},
+        lambda params, setting: FilteredAdam(params, setting["learning_rate"], "kronecker", setting["damping"]),
+    ),
+    "sophia": Family(
+        "Sophia, as published",
+        {"optim": "sophia"},
+        {"learning_rate": (4e-4, 1e-3, 3e-3), "rho": (0.3, 3.0, 30.0, 300.0), "retain_weight": (2.0, 10.0)},
+    ),
+    "released": Family(
+        "SOUL, as released",
+        {"optim": "sophia", **_RELEASED},
+        {"learning_rate": (4e-4, 1.2e-3), "rho": (20.48, 204.8, 2048.0), "retain_weight": (1.0, 2.0, 5.0, 10.0)},
+    ),
+    "muon": Family(
+        "Muon on the sum",
+        {"optim": "adamw_torch", "warmup_steps": 20},
+        {"learning_rate": (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3), "retain_weight": (1.0, 5.0, 10.0, 40.0)},
+        _muon,
+    ),
+    "lion": Family(
+        "Lion on the sum",
+        {"optim": "adamw_torch", "warmup_steps": 20},
+        {"learning_rate": (1e-4, 2e-4, 4e-4, 8e-4), "retain_weight": _WEIGHTS},
+        lambda params, setting: Lion(params, setting["learning_rate"]),
+    ),
+}
+
+
+def key(run: dict) -> str:
+    """The same for runs that would be the same."""
+    return json.dumps([run[name] for name in ("task", "family", "objective", "setting", "seed", "stage")])
+
+
+def search_plan(task: str, families: list[str], objectives: list[str], seed: int) -> list[dict]:
+    """Every run of the search, in an order in which any prefix treats families nearly alike."""
+    plans = [
+        [
+            {"task": task, "family": name, "objective": objective, "setting": setting, "seed": seed, "stage": "search"}
+            for setting in FAMILIES[name].settings()
+        ]
+        for objective in objectives
+        for name in families
+        if FAMILIES[name].varied
+    ]
+    return [run for group in itertools.zip_longest(*plans) for run in group if run is not None]
