@@ -25,9 +25,9 @@ ROLE_MARKERS = {"target": "s", "gold": "*", "unlearned": "o"}
 # Smaller p-values are all the same to a reader, and would squeeze the rest of the axis.
 SMALLEST_P = 1e-30
 TRADE_OFFS = (
-    ("model_utility", "forget_quality", "Forget quality against model utility"),
     ("forget_probability", "held_out_probability", "What forgetting costs rows held out"),
     ("forget_probability", "retain_probability", "What forgetting costs the rows to keep"),
+    ("model_utility", "forget_quality", "Forget quality against model utility"),
     ("knowmem_forget_rougeL", "knowmem_retain_rougeL", "Knowledge to forget and to keep"),
     ("wmdp_bio_accuracy", "mmlu_accuracy", "Hazardous and general knowledge"),
     ("toxicity_mean", "fluency", "Toxicity and fluency"),

@@ -32,6 +32,9 @@ logger = logging.get_logger(__name__)
 
 # The optimizers of a comparison, as the report calls them.
 OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
+# SOUL's control, which has all of it but the curvature, and the settings that make an optimizer of its name.
+NO_CURVATURE = "soul_none"
+_SETTINGS_OF = {NO_CURVATURE: {"optim": "soul", "rule": "none"}}
 GOLD = "gold"
 
 
@@ -136,6 +139,7 @@ class Experiment:
         configs (`Path`): The folder of all tasks' settings.
         *dataclasses (`type`): The recipe's settings, first a subclass of [`ExperimentArguments`].
         command_line (`Sequence[str]`, *optional*): By default that of the process.
+        with_control (`bool`, *optional*, defaults to `False`): Whether SOUL without curvature runs too.
 
     Attributes:
         arguments (`tuple`): An instance of each of `dataclasses`.
@@ -147,7 +151,14 @@ class Experiment:
         ValueError: If a file or a value is unusable; see [`~settings_files.SettingsParser.read`].
     """
 
-    def __init__(self, task: str, configs: Path, *dataclasses: type, command_line: Sequence[str] | None = None):
+    def __init__(
+        self,
+        task: str,
+        configs: Path,
+        *dataclasses: type,
+        command_line: Sequence[str] | None = None,
+        with_control: bool = False,
+    ):
         self.task = task
         self._parser = SettingsParser((*dataclasses, UnlearnConfig))
         self._named = self._parser.named(command_line)
@@ -159,8 +170,9 @@ class Experiment:
         if (defaults := self._folder / DEFAULTS_FILE).is_file():
             self._defaults |= self._parser.read(defaults)
         optimizer = (self._defaults | given).get("optim")
-        optimizers = [optimizer] if optimizer else OPTIMIZERS
-        self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer) for optimizer in optimizers}
+        self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer)} if optimizer else dict(OPTIMIZERS)
+        if with_control and not optimizer and "rule" not in given:
+            self.optimizers = {"adamw_torch": "AdamW", NO_CURVATURE: "no curvature", "soul": "SOUL"}
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)
         self.folder = Path(self.config.output_dir)
@@ -258,15 +270,16 @@ class Experiment:
         return self._prepared_rows[key]
 
     def _parse(self, optimizer: str) -> tuple:
-        values = self._defaults | {"optim": optimizer}
+        own = _SETTINGS_OF.get(optimizer, {"optim": optimizer})
+        values = self._defaults | own
         if self._chosen is not None:
             return self._parser.build(values | self._chosen | self._named)
         forget_loss = (self._defaults | self._named).get("forget_loss", UnlearnConfig.forget_loss)
-        file = settings_file(self._folder, "soul" if optimizer in SOUL_NAMES else "adamw", forget_loss)
+        file = settings_file(self._folder, own["optim"] if own["optim"] in SOUL_NAMES else "adamw", forget_loss)
         found = self._parser.read(file) if file else {}
         if file and not file.stem.endswith(f"_{forget_loss}"):
             logger.warning_once(f"There are no settings of forget_loss={forget_loss} with {optimizer}: {file} it is.")
-        return self._parser.build(values | found | {"optim": optimizer} | self._named)
+        return self._parser.build(values | found | own | self._named)
 
 
 def fingerprint(*parts: dict[str, Dataset]) -> str:

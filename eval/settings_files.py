@@ -116,11 +116,12 @@ def settings_file(folder: Path, optimizer: str, forget_loss: str) -> Path | None
 
     Args:
         folder (`Path`): Such as `recipes/configs/tofu`.
-        optimizer (`str`): `"soul"` or, for all others, `"adamw"`.
+        optimizer (`str`): `"soul"`, `"sophia"`, whose files may be SOUL's, or, for all others, `"adamw"`.
         forget_loss (`str`): Name of the loss.
 
     Returns:
         `Path`: `None` where there is neither.
     """
-    files = (folder / f"{optimizer}_{forget_loss}.yaml", folder / f"{optimizer}.yaml")
+    optimizers = ("sophia", "soul") if optimizer == "sophia" else (optimizer,)
+    files = [folder / f"{name}{loss}.yaml" for name in optimizers for loss in (f"_{forget_loss}", "")]
     return next((file for file in files if file.is_file()), None)

@@ -1,12 +1,12 @@
 """
-The study of docs/study.md: which optimizer forgets at the least cost, searched equally, on seeds that were not searched.
+The study of docs/study.md: which optimizer forgets at the least cost, each searched equally, on seeds of no search.
 
-    accelerate launch recipes/study.py --output_dir outputs/study                # resumes; on several processes, faster
+    accelerate launch recipes/study.py --output_dir outputs/study        # resumes; on several processes, faster
     python recipes/study.py --tasks embedded-0.3M --objectives npo --families adamw,soul
-    python recipes/study.py --report docs/study                                  # tables and figures of rows there
+    python recipes/study.py --report docs/study                          # tables and figures of the rows there
 
-A run is a line of `<output_dir>/runs-<process>.jsonl`. Each family gets 24 settings on one seed; those that keep most at
-each depth run again on other seeds, which make the figures.
+A run is a line of `<output_dir>/runs-<process>.jsonl`. Each family gets 24 settings on one seed; those that keep most
+at each depth run again on other seeds, which make the figures.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def work(plan: list[dict], args: argparse.Namespace) -> None:
     index, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.shard:
         index, num_processes = map(int, args.shard.split("/"))
-    path = args.output_dir / f"runs-{index}.jsonl"
+    path = args.output_dir / f"runs-{args.name or index}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     known, tasks = done(args.output_dir), {}
     for run in plan[index::num_processes]:
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--dataset", type=Path, default=Path("tofu"), help="TOFU's folder, for tofu and smollm2.")
     parser.add_argument("--stage", choices=("search", "final"), help="By default one after the other.")
+    parser.add_argument("--name", help="Of the file of runs, by default the process.")
     parser.add_argument("--shard", help="Without a launcher: this process's part of the runs, index/number.")
     for name, known in (("tasks", TASKS), ("families", FAMILIES), ("objectives", OBJECTIVES)):
         default = ",".join(known) if name != "tasks" else "embedded-0.3M"

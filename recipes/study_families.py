@@ -64,7 +64,7 @@ def _two_directions(rule: str) -> Family:
 
 
 def _forget_only(rule: str) -> Family:
-    rates = (5e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3, 7e-3, 1.2e-2, 2e-2)
+    rates = (2.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3, 7e-3)
     varied = {"learning_rate": rates, "damping": (0.03, 0.1, 0.3)}
     if rule == "none":
         # A step of the gradient's direction, of this length over all weights.
@@ -81,6 +81,8 @@ FAMILIES = {
         {"learning_rate": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "retain_weight": _WEIGHTS},
     ),
     "soul": Family("SOUL by defaults", {"optim": "soul"}),
+    "soul_none": Family("SOUL by defaults, no curvature", {"optim": "soul", "rule": "none"}),
+    "soul_kronecker": Family("SOUL by defaults, Kronecker", {"optim": "soul", "rule": "kronecker"}),
     "forget_none": _forget_only("none"),
     "forget_diagonal": _forget_only("diagonal"),
     "forget_kronecker": _forget_only("kronecker"),

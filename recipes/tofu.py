@@ -106,7 +106,8 @@ def make_task(experiment: Experiment, rows: TofuRows) -> UnlearningTask:
 
 def main(command_line: list[str] | None = None) -> None:
     """Runs the recipe."""
-    experiment = Experiment("tofu", CONFIGS, TofuArguments, SmallModelArguments, command_line=command_line)
+    kinds = (TofuArguments, SmallModelArguments)
+    experiment = Experiment("tofu", CONFIGS, *kinds, command_line=command_line, with_control=True)
     args, rows = experiment.arguments[0], load_rows(experiment)
     requests = rows.requests(args.requests.split(",")) if args.requests else None
     if args.num_requests:

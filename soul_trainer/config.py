@@ -55,7 +55,7 @@ class SoulArguments:
     rule: str | None = setting(
         None,
         "How curvature shapes a step: diagonal, kronecker or none (two directions, of the forget and of the retain "
-        "gradient), or sophia, the published rule. By default diagonal; sophia with optim=sophia and in a plain Trainer.",
+        "gradient), or sophia, the published rule. By default diagonal; where optim or rho says so, sophia.",
     )
     two_directions: bool | None = setting(
         None,
@@ -63,7 +63,8 @@ class SoulArguments:
         "with the rule sophia.",
     )
     scaling: str | None = setting(
-        None, f"How long a step is: {', '.join(SCALINGS)}; by default tensor, or trust_region with retain_loss=curvature."
+        None,
+        f"How long a step is: {', '.join(SCALINGS)}; by default tensor, or trust_region with retain_loss=curvature.",
     )
     damping: float = setting(0.1, "Added to the Hessian, as a share of its mean, > 0; not in the rule sophia.")
     rho: float = setting(0.04, "Sophia's curvature scale (rho), > 0; it must fit the scale of the Hessian.")
@@ -79,8 +80,8 @@ class SoulArguments:
     )
     hessian_estimator: str | None = setting(
         None,
-        f"Estimator of the Hessian's diagonal: {', '.join(HESSIAN_ESTIMATORS)}. By default empirical_fisher with label "
-        "smoothing 0.1, with the rule sophia gauss_newton_bartlett.",
+        f"Estimator of the Hessian's diagonal: {', '.join(HESSIAN_ESTIMATORS)}. By default empirical_fisher with "
+        "label smoothing 0.1, and with the rule sophia gauss_newton_bartlett.",
     )
     hessian_data: str = setting(
         "retain",
@@ -149,8 +150,13 @@ class SoulArguments:
                 "`hessian_data='training'` squares the training gradient: it needs "
                 "`hessian_estimator='empirical_fisher'`, `hessian_interval` >= 1 and no label smoothing."
             )
+        for name in ("rho", "eps"):
+            if settings.rule != "sophia" and getattr(settings, name) != getattr(SoulArguments, name):
+                raise ValueError(f"`{name}` is Sophia's, and `rule` is {settings.rule!r}: set `rule='sophia'`.")
         if self.hessian_interval and settings.rule == "none":
-            raise ValueError(f"`hessian_interval`={self.hessian_interval} refreshes a Hessian, and `rule='none'` has none.")
+            raise ValueError(
+                f"`hessian_interval`={self.hessian_interval} refreshes a Hessian, and `rule='none'` has none."
+            )
         if settings.curvature and settings.rule not in ("diagonal", "kronecker"):
             raise ValueError(
                 f"`curvature` names a file for the rules diagonal and kronecker, and `rule` is {settings.rule!r}."
@@ -220,11 +226,13 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             its range.
     """
 
-    optim: str = setting("soul", "The optimizer: soul, sophia (soul with rule=sophia), or any that transformers knows.")
+    optim: str = setting(
+        "soul", "The optimizer: soul, sophia (soul with rule=sophia), or any that transformers knows."
+    )
     learning_rate: float | None = setting(
         None,
-        f"Peak learning rate. By default {STEP_BY_WIDTH} over the model's width in two directions, {TRUST_REGION_STEP} in "
-        f"a trust region, and {PUBLISHED_LEARNING_RATE} for any other optimizer or rule.",
+        f"Peak learning rate. By default {STEP_BY_WIDTH} over the model's width in two directions, "
+        f"{TRUST_REGION_STEP} in a trust region, and {PUBLISHED_LEARNING_RATE} for any other optimizer or rule.",
     )
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
@@ -263,8 +271,14 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
 
     @property
     def default_rule(self) -> str:
-        """The rule where none is named: the best by the evidence of docs/study.md, or the published one by its name."""
-        return "sophia" if self.optim == "sophia" else "diagonal"
+        """
+        The rule where none is named: the best by the evidence of docs/study.md, or the published one, where its name
+        or one of its settings is.
+        """
+        names_sophia = self.optim == "sophia" or any(
+            getattr(self, name) != getattr(SoulArguments, name) for name in ("rho", "eps")
+        )
+        return "sophia" if names_sophia else "diagonal"
 
     def rule_defaults(self, rule: str) -> dict:
         """Settings that are left open, for a rule: one direction where one half alone has a gradient."""

@@ -70,7 +70,7 @@ class InfluenceArguments:
         ValueError: If the solver is unknown or a number is out of its range.
     """
 
-    solver: str = field(default="kronecker", metadata={"help": f"What stands for G: {', '.join(SOLVERS)}."})
+    solver: str = field(default="conjugate_gradient", metadata={"help": f"What stands for G: {', '.join(SOLVERS)}."})
     strength: float = field(default=1.0, metadata={"help": "Factor of all steps together, > 0; 1 is Newton's."})
     num_steps: int = field(default=1, metadata={"help": "Steps that share the strength, >= 1."})
     remeasure: bool = field(default=False, metadata={"help": "Whether H is measured again before each step."})

@@ -15,13 +15,33 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from .batch import ForgetRetainBatch, select_rows
 from .engines import MOST_OVERFLOWS, GradientError, find_soul, save_checkpoint
 from .optim import Soul
 from .perturbation import Perturbation
 from .random_state import forked_rng
+
+
+class FoldCallback(TrainerCallback, ExportableState):
+    """
+    Remembers in a checkpoint whether a step's forget gradient is in its momentum already: a run that is resumed from a
+    checkpoint between the two halves of a step, because the other half failed, must not fold it again.
+    """
+
+    def __init__(self):
+        self.last_fold: int | None = None
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"last_fold": self.last_fold}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Starts anew or, after a resume, goes on."""
+        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        self.last_fold = saved.get("attributes", {}).get("last_fold")
 
 
 class StepMixin(Trainer):
@@ -31,6 +51,7 @@ class StepMixin(Trainer):
     """
 
     perturbation: Perturbation | None = None
+    folds: FoldCallback
 
     @property
     def has_two_directions(self) -> bool:
@@ -68,8 +89,9 @@ class StepMixin(Trainer):
         parts = [select_rows(batch, ("forget", "preferred")) for batch in batches]
         if self.args.sam_radius:
             self._find_perturbation(parts, counts)
-        if self.has_two_directions:
+        if self.has_two_directions and self.folds.last_fold != self.state.global_step:
             self._fold_forget_gradient(parts, counts)
+            self.folds.last_fold = self.state.global_step
 
     def _forget_passes(self, parts: list[ForgetRetainBatch], counts: Tensor, around: Callable) -> Iterator[Tensor]:
         """Forward and backward of each micro-batch's forget rows; the losses."""
@@ -78,7 +100,11 @@ class StepMixin(Trainer):
         with forked_rng(seed):
             for index, part in enumerate(parts):
                 is_last = index == len(parts) - 1
-                with around(), self.engine.accumulate(self.model_wrapped, is_last), self.compute_loss_context_manager():
+                with (
+                    around(),
+                    self.engine.accumulate(self.model_wrapped, is_last),
+                    self.compute_loss_context_manager(),
+                ):
                     loss = self.compute_loss(self.model_wrapped, part, num_items_in_batch=counts)
                     self.engine.backward(loss / self.engine.loss_factor, is_last)
                 yield loss.detach()
@@ -113,8 +139,8 @@ class StepMixin(Trainer):
             if is_done:
                 return
         raise GradientError(
-            f"The gradient of the forget loss overflows float16 at every loss scale. {save_checkpoint(self)} holds the "
-            "state before it."
+            "The gradient of the forget loss overflows float16 at every loss scale. "
+            f"{save_checkpoint(self)} holds the state before it."
         )
 
     def _perturbed(self) -> AbstractContextManager:

@@ -26,7 +26,7 @@ from .records import record_run
 from .reference import Reference, forward_halves, needs_model
 from .reference_rows import RowForward, keep_with_rows
 from .runs import RunMixin
-from .steps import StepMixin
+from .steps import FoldCallback, StepMixin
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
@@ -102,6 +102,8 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         self.clear_losses()
         self._interrupt = InterruptCallback(self.engine)
         self.add_callback(self._interrupt)
+        self.folds = FoldCallback()
+        self.add_callback(self.folds)
         self.renew_callbacks()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:

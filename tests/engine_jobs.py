@@ -223,7 +223,9 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
 def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     # ZeRO keeps a state, of zeros, for parameters that never had a gradient.
     assert set(expected) <= set(found) and not any(found[name].any() for name in set(found) - set(expected))
-    distances = {name: (found[name] - value).norm() / value.norm().clamp_min(1e-30) for name, value in expected.items()}
+    distances = {
+        name: (found[name] - value).norm() / value.norm().clamp_min(1e-30) for name, value in expected.items()
+    }
     return max(map(float, distances.values()), default=0.0)
 
 

@@ -53,6 +53,8 @@ def scene_config(output_dir, **settings) -> UnlearnConfig:
         "use_cpu": True,
         "seed": 0,
     }
+    if settings.get("rule", "sophia") != "sophia" or settings.get("optim", "soul") not in ("soul", "sophia"):
+        del defaults["rule"], defaults["rho"]
     return UnlearnConfig(**{**defaults, **settings})
 
 

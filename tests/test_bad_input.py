@@ -67,7 +67,7 @@ def largest_finite(tensors: dict[str, torch.Tensor]) -> float:
         ({"forget_dataset": [{"question": "who ?"}]}, "`forget_dataset` needs the columns"),
         ({"args": {"max_length": 65}}, "`max_length`=65 is over the model's 64"),
         ({"args": {"forget_loss": "nop"}}, "`forget_loss` must be one of ga, .*, none, but it is 'nop'"),
-        ({"args": {"retain_loss": "l2"}}, "`retain_loss` must be one of nll, kl, activations, none"),
+        ({"args": {"retain_loss": "l2"}}, "`retain_loss` must be one of nll, kl, activations, curvature, none"),
         ({"args": {"forget_loss": "none", "retain_loss": "none"}}, "nothing to train on"),
         ({"args": {"hessian_estimator": "exact"}}, "`hessian_estimator` must be one of gauss_newton_bartlett"),
         ({"args": {"optim_args": "rho=0.1,lambda=3"}}, "Unknown key 'lambda'.*rho, beta1"),

@@ -24,7 +24,7 @@ NAMES = [str(path.relative_to(CONFIGS)) for path in FILES]
 # SOUL's settings on TOFU with LLaMA2-7B, as its paper and its configs/ have them.
 SOUL = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_train_epochs": 5}
 SOUL |= {"weight_decay": 0.1, "warmup_steps": 0.1, "bf16": True, "retain_loss": "nll"}
-SOPHIA = {"optim": "soul", "beta1": 0.9, "beta2": 0.95, "rho": 0.04}
+SOPHIA = {"optim": "soul", "rule": "sophia", "beta1": 0.9, "beta2": 0.95, "rho": 0.04}
 ADAMW = {"optim": "adamw_torch"}
 PUBLISHED = {
     "tofu/soul_ga.yaml": SOUL | SOPHIA | {"forget_loss": "ga", "learning_rate": 5e-6, "retain_weight": 2},
@@ -93,7 +93,7 @@ def test_a_file_says_where_it_is_from_and_is_named_by_the_rule(path):
         assert content["report_to"] == "none"
         return
     optimizer, _, loss = path.stem.partition("_")
-    assert optimizer in ("soul", "adamw") and (content["optim"] in SOUL_NAMES) == (optimizer == "soul")
+    assert optimizer in ("soul", "sophia", "adamw") and (content["optim"] in SOUL_NAMES) == (optimizer != "adamw")
     if loss in FORGET_LOSSES:
         assert content["forget_loss"] == loss
         assert settings_file(path.parent, optimizer, loss) == path

@@ -7,7 +7,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import ToyLM, answers_of, tiny_llama, toy_batch, toy_batches, toy_rows
 from transformers import OPTConfig, OPTForCausalLM
 
-from soul_trainer.curvature.products import conjugate_gradient, gauss_newton_diagonal, gauss_newton_product, loss_gradient
+from soul_trainer.curvature.products import (
+    conjugate_gradient,
+    gauss_newton_diagonal,
+    gauss_newton_product,
+    loss_gradient,
+)
 
 
 # As a share of the largest entry: of float64, and of float32, in which Llama's norms and our log-probabilities compute

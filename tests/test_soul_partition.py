@@ -198,9 +198,6 @@ def test_sharded_tensors_step_as_whole_ones(mesh, rule, scaling, scope):
         assert row == pytest.approx(figures[name], rel=ROUNDING["rtol"])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="under FSDP a parameter without any gradient is weight-decayed in two directions"
-)
 def test_a_sharded_tensor_without_gradient_stays_put(mesh):
     """Catches an engine under which weights decay that no loss reaches, as they do not elsewhere."""
     params = [torch.nn.Parameter(sharded(torch.ones(4, 2), mesh, Shard(0))) for _ in range(2)]

@@ -167,7 +167,6 @@ def test_describe_says_what_the_step_did(rule, scaling, two):
             assert row["squared"] == pytest.approx(float(param.detach().square().sum()), rel=ROUNDING)
 
 
-@pytest.mark.xfail(strict=True, reason="parameters that moved in any earlier step stay in the description")
 def test_describe_leaves_out_what_the_last_step_left_out():
     """Catches a tensor that is said to have moved again, and that takes from the others' share of a trust region."""
     params = make_params(shapes=[(3,), (4,)])

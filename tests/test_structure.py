@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "recipes": "recipes"}
 # A file imports from the floors below it and from its own.
 FLOORS = (
-    ("batch", "sophia", "settings", "refusals", "weighting"),
+    ("batch", "optim", "settings", "refusals", "weighting", "weights"),
     ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
-    ("engines", "records", "freezing", "random_state"),
+    ("engines", "records", "freezing", "random_state", "loading"),
     ("registration",),
-    ("reference", "reference_rows", "curvature", "attribution", "perturbation", "gauss_newton", "sampling"),
+    ("reference", "reference_rows", "curvature", "attribution", "perturbation", "sampling"),
     ("callbacks",),
-    ("runs",),
+    ("runs", "steps"),
     ("trainer",),
     ("__init__",),
-    ("__main__", "consolidate", "influence"),
+    ("__main__", "consolidate", "influence", "influence_command"),
 )
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 SHORTER_FILES = {"soul_trainer/trainer.py": 250, **{str(p.relative_to(ROOT)): 150 for p in ROOT.glob("recipes/*.py")}}
@@ -74,7 +74,8 @@ def test_imports_run_one_way_within_the_trainer():
         ("soul_trainer", {"soul_eval", "eval", "recipes"}),
         ("eval", {"recipes"}),
         ("soul_trainer/engines", {"datasets", "peft", "numpy"}),
-        ("soul_trainer/sophia.py", {"transformers", "accelerate", "datasets", "peft", "numpy"}),
+        ("soul_trainer/optim", {"transformers", "accelerate", "datasets", "peft", "numpy"}),
+        ("eval/study", {"torch", "transformers", "soul_trainer"}),
         *((f"eval/{name}.py", {"torch", "transformers", "soul_trainer"}) for name in OF_ROWS_ALONE),
         ("eval/metrics", {"torch", "transformers", "soul_trainer"}),
     ],

@@ -74,6 +74,7 @@ class ByHand:
             own |= {
                 key: getattr(settings, key) for key in ("rule", "scaling", "two_directions", "damping", "rho", "eps")
             }
+            own["damping_scope"] = "model" if settings.scaling == "trust_region" else "tensor"
             own["weight_decay"] = self.args.weight_decay * (param.dim() > 1)
             tensor = SlowTensor(before[name], own, self._dense(soul.matrices.get(name), param))
             state = soul.state[param]

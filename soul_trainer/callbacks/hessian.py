@@ -12,11 +12,12 @@ from transformers.utils import logging
 
 from ..config import SoulArguments, parse_optim_args
 from ..curvature import estimate_hessian, linear_layers, measure_matrices, update_shares
-from ..curvature.file import load_curvature, load_matrices, save_matrices
+from ..curvature.file import check_model, load_curvature, load_matrices, save_matrices
 from ..curvature.layers import LayerStatistics
 from ..engines import MOST_OVERFLOWS, KeptWithCheckpoint, check_estimator, find_soul, make_engine, save_checkpoint
 from ..optim import RULES
 from ..random_state import forked_rng
+from ..weights import weights_digest
 from .rows import micro_batches
 
 
@@ -59,6 +60,8 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         self.trainer = trainer
         self.engine = make_engine(trainer.accelerator, trainer.model)
         check_estimator(self.settings.hessian_estimator, self.engine)
+        is_checked = self.settings.curvature and self.engine.holds_whole(trainer.model)
+        self._digest = weights_digest(trainer.model) if is_checked else None
         self.refresh_seconds = 0.0
         self.last_refresh: int | None = None
         self.learning_rates: list[float] = []
@@ -180,6 +183,8 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
 
     def _read_curvature(self) -> None:
         found = load_curvature(self.settings.curvature, self.settings.curvature_rank)
+        if self._digest is not None:
+            check_model(found, self._digest)
         soul = find_soul(self.trainer.optimizer)
         soul.set_hessian(found.diagonals)
         if self.settings.rule == "kronecker":

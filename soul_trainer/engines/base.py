@@ -240,6 +240,10 @@ class Engine:
             state._set_sync_gradients(sync_gradients)
         return not optimizer.step_was_skipped
 
+    def holds_whole(self, model: torch.nn.Module) -> bool:
+        """Whether this process has whole weights, as a hash of them needs."""
+        return True
+
     def partition(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Partition:
         """Whose tensors the optimizer's parameters hold, for a model that the Trainer has prepared."""
         return Partition({parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad})

@@ -77,6 +77,10 @@ class DeepSpeedEngine(Engine):
             for name, value in counters.items():
                 setattr(engine, name, value)
 
+    def holds_whole(self, model: torch.nn.Module) -> bool:
+        """Up to stage 2, and before stage 3 has partitioned them."""
+        return not any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+
     def partition(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Partition:
         """Where each parameter lies in the flat partitions."""
         zero = self.deepspeed.optimizer
@@ -107,7 +111,7 @@ class DeepSpeedEngine(Engine):
 
     @staticmethod
     def _flat_partitions(zero: Any) -> list[Tensor]:
-        """The optimizer's parameters: ZeRO's own, or those of the optimizer that sums bfloat16 gradients in float32."""
+        """The flat parameters: ZeRO's own, or those of the optimizer that sums bfloat16 gradients in float32."""
         name = "single_partition_of_fp32_groups"
         return getattr(zero, name) if hasattr(zero, name) else zero.fp32_groups_flat_partition
 
@@ -136,9 +140,7 @@ class FlatPartition(Partition):
         device (`torch.device`): On which processes can sum.
     """
 
-    def __init__(
-        self, sections: dict[Tensor, list[Section]], total: Callable[[Tensor], Tensor], device: torch.device
-    ):
+    def __init__(self, sections: dict[Tensor, list[Section]], total: Callable[[Tensor], Tensor], device: torch.device):
         super().__init__()
         self._sections, self._total, self._device = sections, total, device
 

@@ -66,6 +66,10 @@ class FSDP2Engine(Engine):
         sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         return sharded.to_local()
 
+    def holds_whole(self, model: torch.nn.Module) -> bool:
+        """Before the Trainer has prepared it, and unless transformers sharded it."""
+        return not is_sharded(model)
+
     def partition(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Partition:
         """As one process's: the sharded parameters, which are those of the optimizer, say how they are spread."""
         reshard(model)

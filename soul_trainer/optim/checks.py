@@ -22,10 +22,10 @@ def check_settings(settings: dict) -> None:
     check_range("hessian_interval", interval, interval is None or interval >= 1, "None or >= 1")
     dtype = get("state_dtype")
     check_range("state_dtype", dtype, dtype in ("float32", "bfloat16"), "torch.float32 or torch.bfloat16")
-    if RULES[get("rule")].clips:
-        check_range("scaling", get("scaling"), get("scaling") == "none", f"none with the rule {get('rule')}, which clips")
-    else:
-        check_range("scaling", get("scaling"), get("scaling") != "none", "tensor or trust_region, unless the rule clips")
+    # A clipped direction is no solution of (H + damping) d = m, and one that is not clipped has any size.
+    fitting = ("none", "tensor") if RULES[get("rule")].clips else ("tensor", "trust_region")
+    allowed = f"{' or '.join(fitting)} with the rule {get('rule')}"
+    check_range("scaling", get("scaling"), get("scaling") in fitting, allowed)
 
 
 def check_refresh(scale: float, decay: float | None) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .checks import check_range, check_refresh, check_settings
+from .checks import check_refresh, check_settings
 from .partition import Partition, local
-from .rules import LEAST, RULES, Bucket, MatrixCurvature, Rule
-from .scaling import scale_to_tensors, scale_to_trust_region
+from .rules import RULES, Bucket, MatrixCurvature, Rule
+from .updates import Updates
 
 
 class Soul(Optimizer):
@@ -26,7 +26,7 @@ class Soul(Optimizer):
         theta <- theta (1 - lr weight_decay) - lr (forget_weight u_forget + retain_weight u_retain)
 
     The optimizer does not know how a Hessian is estimated, nor which loss a gradient is of. What is no step of the
-    weights is *a step that moves nothing*, inside a context, so that its gradient takes the way of every other gradient
+    weights is *a step that moves nothing*, inside a context, so that its gradient takes the way of every other one
     (backward, reduction, unscaling, sharding):
 
         with optimizer.hessian_refresh(scale=num_sampled_tokens):
@@ -81,7 +81,7 @@ class Soul(Optimizer):
         damping: float = 0.1,
         weight_decay: float = 0.0,
         *,
-        damping_scope: str = "tensor",
+        damping_scope: str | None = None,
         rho: float = 0.04,
         eps: float = 1e-15,
         bias_correction: bool = True,
@@ -97,7 +97,7 @@ class Soul(Optimizer):
             "scaling": scaling,
             "two_directions": two_directions,
             "damping": damping,
-            "damping_scope": damping_scope,
+            "damping_scope": damping_scope or ("model" if scaling == "trust_region" else "tensor"),
             "weight_decay": weight_decay,
             "rho": rho,
             "eps": eps,
@@ -114,11 +114,10 @@ class Soul(Optimizer):
         self._begin()
 
     def _begin(self) -> None:
-        """What neither a copy nor a checkpoint has."""
         self.partition = Partition()
         self.matrices: Mapping[str, MatrixCurvature] = {}
         self._inside: Callable[[], None] | None = None
-        self._means: dict[tuple[int, ...], list[Tensor]] = {}
+        self._updates = Updates()
         # The groups of the last step's parameters, by parameter, because ZeRO-3 empties the groups between its steps.
         self._stepped: dict[Tensor, dict] = {}
         # Those that ever had a gradient here.
@@ -128,7 +127,8 @@ class Soul(Optimizer):
         super().__setstate__(state)
         if not hasattr(self, "partition"):  # a copy; PyTorch comes here with what is loaded as well
             self._begin()
-        self._means, self._stepped = {}, {}
+        self._updates.forget()
+        self._stepped = {}
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group of parameters; see [`torch.optim.Optimizer.add_param_group`]."""
@@ -173,9 +173,9 @@ class Soul(Optimizer):
             if due:
                 self._fold(self._bucket(bucket.group, due), 1.0, bucket.group["betas"][1], square=True)
             self._average(bucket, "exp_avg")
-        for bucket, halves in self._halves(buckets):
+        for bucket, halves in self._updates.halves(buckets):
             lr, weights = bucket.group["lr"], bucket.weights()
-            update = self._joined(bucket, halves)
+            update = self._updates.joined(bucket, halves)
             # theta <- theta (1 - lr weight_decay) - lr update
             torch._foreach_mul_(update, -lr)
             torch._foreach_mul_(weights, 1 - lr * bucket.group["weight_decay"])
@@ -254,9 +254,8 @@ class Soul(Optimizer):
                     )
                 section.of(hessian).copy_(self.partition.part(param, section, found))
             self.state[param]["hessian_weight"].fill_(1.0)
-        self._means = {}
+        self._updates.forget()
 
-    @torch.no_grad()
     def describe(self, learning_rates: list[float]) -> dict[str, dict[str, float]]:
         """
         What the last step did, from the state that it left and by the functions that it went by.
@@ -265,30 +264,11 @@ class Soul(Optimizer):
             learning_rates (`list[float]`): Of the parameter groups, in that step.
 
         Returns:
-            `dict[str, dict[str, float]]`: Of each tensor that moved, by name: `count` of coordinates, how many were
-            `clipped` (as a mean over halves), the sum of the `hessian`, and the `squared` update. The same on every
-            process.
+            `dict[str, dict[str, float]]`: See [`~updates.Updates.describe`].
         """
         rates = {id(group): rate for group, rate in zip(self.param_groups, learning_rates)}
-        figures = {}
-        for bucket, halves in self._halves(list(self._stepped_buckets())):
-            limit = float("inf") if bucket.group["scaling"] == "trust_region" else 1.0  # where nothing is clipped
-            clipped = [
-                torch.stack([(part.abs() >= limit).sum() for part in parts]).float().mean() for parts in zip(*halves)
-            ]
-            squares = [part.square().sum() for part in self._joined(bucket, halves)]
-            hessians = bucket.state("hessian") if self._rule(bucket.group).has_hessian else None
-            sums = {
-                "clipped": bucket.sum(clipped),
-                "hessian": bucket.sum([part.sum() for part in hessians]) if hessians else torch.zeros(len(clipped)),
-                "squared": bucket.sum(squares) * rates[id(bucket.group)] ** 2,
-            }
-            for place, section in enumerate(bucket.sections):
-                figures[section.name] = {
-                    "count": float(section.shape.numel()),
-                    **{name: float(values[place]) for name, values in sums.items()},
-                }
-        return figures
+        buckets = list(self._stepped_buckets())
+        return self._updates.describe(buckets, [rates[id(bucket.group)] for bucket in buckets])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
@@ -397,69 +377,7 @@ class Soul(Optimizer):
         _accumulate([state["hessian"] for state in bucket.states], decay, added)
         for state in bucket.states:
             state["hessian_weight"].mul_(decay).add_(1 - decay)
-        self._means = {}
-
-    def _halves(self, buckets: list[Bucket]) -> Iterator[tuple[Bucket, list[list[Tensor]]]]:
-        """Each bucket with the scaled directions of its halves, forget first if there are two."""
-        if not buckets:
-            return
-        scaling = buckets[0].group["scaling"]
-        names = ("exp_avg_forget", "exp_avg") if buckets[0].group["two_directions"] else ("exp_avg",)
-        if scaling != "trust_region":
-            for bucket in buckets:
-                means = self._tensor_means(bucket)
-                halves = [self._rule(bucket.group).directions(bucket, name, means) for name in names]
-                yield bucket, [scale_to_tensors(bucket, half) for half in halves] if scaling == "tensor" else halves
-            return
-        if not self.partition.is_whole({param for bucket in buckets for param in bucket.params}):
-            raise ValueError(
-                "A trust region is one length over all weights, and the engine steps them in parts: under DeepSpeed, set "
-                "`weight_decay=0`, which makes one parameter group, and `sub_group_size` over the number of weights."
-            )
-        whole = None if buckets[0].group["damping_scope"] == "tensor" else self._model_mean(buckets)
-        halves = []
-        for name in names:
-            parts = []
-            for bucket in buckets:
-                means, units = self._tensor_means(bucket), bucket.hessian_weights()
-                if whole is not None:
-                    means = [whole * unit for unit in units]
-                directions = self._rule(bucket.group).directions(bucket, name, means)
-                # The rule divides by H / mean + damping, and here lengths of tensors are compared.
-                torch._foreach_div_(directions, [mean / unit for mean, unit in zip(means, units)])
-                parts.append(directions)
-            halves.append(scale_to_trust_region(buckets, parts, name))
-        for bucket, *parts in zip(buckets, *halves):
-            yield bucket, parts
-
-    def _tensor_means(self, bucket: Bucket) -> list[Tensor]:
-        """The mean of `h`, or of a matrix's curvature, over the whole tensor of each section, as the rule reads it."""
-        key = tuple(map(id, bucket.params))
-        if key not in self._means:
-            self._means[key] = bucket.hessian_means() if self._rule(bucket.group).has_hessian else bucket.ones()
-        return self._means[key]
-
-    def _model_mean(self, buckets: list[Bucket]) -> Tensor:
-        """The mean of H over all tensors."""
-        total = count = 0.0
-        for bucket in buckets:
-            sizes = [float(section.shape.numel()) for section in bucket.sections]
-            means = zip(self._tensor_means(bucket), bucket.hessian_weights(), sizes)
-            total += sum(float(mean) / unit * size for mean, unit, size in means)
-            count += sum(sizes)
-        return torch.tensor(max(total / count, LEAST))
-
-    @staticmethod
-    def _joined(bucket: Bucket, halves: list[list[Tensor]]) -> list[Tensor]:
-        """The update of each section, in the learning rate's unit: the weighted sum of the halves; they are used up."""
-        if len(halves) == 1:
-            return halves[0]
-        forget, retain = halves
-        for half, weight in ((forget, bucket.group["forget_weight"]), (retain, bucket.group["retain_weight"])):
-            if weight != 1.0:
-                torch._foreach_mul_(half, weight)
-        torch._foreach_add_(forget, retain)
-        return forget
+        self._updates.forget()
 
 
 def _gradients(bucket: Bucket) -> list[Tensor]:

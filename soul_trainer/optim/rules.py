@@ -7,13 +7,14 @@ Hessian, averaged over refreshes.
 | `sophia` | clip(m / (rho max(h, 0) + eps), -1, 1) | Sophia (Liu et al., 2023, arXiv 2305.14342) |
 | `none` | m | |
 | `diagonal` | m / (h / mean(h) + damping) | |
-| `kronecker` | (H / mean(H) + damping)^-1 m, H in the eigenbasis of K-FAC's factors | George et al., 2018, arXiv 1806.03884 |
+| `kronecker` | (H / mean(H) + damping)^-1 m, H in K-FAC's eigenbasis | George et al., 2018, arXiv 1806.03884 |
 
 `kronecker` has matrices alone for which factors were measured; the others go by `diagonal`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -65,9 +66,7 @@ class Bucket:
 
     def state(self, name: str) -> list[Tensor]:
         """A state of each section: views."""
-        return [
-            section.of(self.states[place][name]) for place, section in zip(self.places, self.sections)
-        ]
+        return [section.of(self.states[place][name]) for place, section in zip(self.places, self.sections)]
 
     def hessian_means(self) -> list[Tensor]:
         """The mean over the whole tensor of `h`, or of the curvature of a matrix that has one; of each section."""
@@ -148,16 +147,12 @@ def diagonal_directions(bucket: Bucket, momentum: str, means: list[Tensor]) -> l
 def kronecker_directions(bucket: Bucket, momentum: str, means: list[Tensor]) -> list[Tensor]:
     """`(H / mean + damping)^-1 m` of the matrices with factors; the others as [`diagonal_directions`]."""
     directions = list(diagonal_directions(bucket, momentum, means))
+    momenta, damping = floats(bucket.state(momentum)), bucket.group["damping"]
     for place, (param, section) in enumerate(bucket.owners):
         matrix = bucket.matrices.get(section.name)
         if matrix is not None:
-            mean, damping = float(means[place]), bucket.group["damping"]
-            directions[place] = bucket.partition.apply(
-                param,
-                section,
-                floats(bucket.state(momentum))[place],
-                lambda whole, matrix=matrix, mean=mean: matrix.precondition(whole, damping, mean),
-            )
+            precondition = partial(matrix.precondition, damping=damping, mean=float(means[place]))
+            directions[place] = bucket.partition.apply(param, section, momenta[place], precondition)
     return directions
 
 

@@ -37,8 +37,8 @@ def scale_to_tensors(bucket: Bucket, directions: list[Tensor]) -> list[Tensor]:
 
 def scale_to_trust_region(buckets: list[Bucket], directions: list[list[Tensor]], momentum: str) -> list[list[Tensor]]:
     """
-    `d / sqrt(sum d (H + damping) d)`, in place. As `(H + damping) d` is the momentum m, the sum is that of `m d`, and no
-    product with H is needed.
+    `d / sqrt(sum d (H + damping) d)`, in place. As `(H + damping) d` is the momentum m, the sum is that of `m d`, and
+    no product with H is needed.
 
     Args:
         buckets (`list[Bucket]`): All of the optimizer's.
