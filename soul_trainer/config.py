@@ -21,8 +21,9 @@ HESSIAN_DATA = ("retain", "forget", "both", "training")
 REFERENCES = ("auto", "cached_topk")
 
 PUBLISHED_LEARNING_RATE = 1e-5
-# An update of 2.2e-6 of a model's width in root mean square changes what a layer says as much at any width.
-STEP_BY_WIDTH = 0.067
+# What a layer says changes as much at any width by an update in inverse proportion to it. Curvature holds back the
+# directions in which a step goes furthest, so that steps are longer with it.
+STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
 TRUST_REGION_STEP = 3e-4
 
 # What settings are where they are left open, by rule. Once, true labels and a little smoothing give the steadiest
@@ -231,8 +232,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     )
     learning_rate: float | None = setting(
         None,
-        f"Peak learning rate. By default {STEP_BY_WIDTH} over the model's width in two directions, "
-        f"{TRUST_REGION_STEP} in a trust region, and {PUBLISHED_LEARNING_RATE} for any other optimizer or rule.",
+        f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width in two directions "
+        f"({STEP_BY_WIDTH['none']} without curvature), {TRUST_REGION_STEP} in a trust region, and "
+        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule.",
     )
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
@@ -293,8 +295,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         """Sets `learning_rate`, if it is open, for a model of a width."""
         if self.learning_rate is not None:
             return
-        scaling = self.resolved().scaling if self.optim in SOUL_NAMES else "none"
-        rates = {"tensor": STEP_BY_WIDTH / width, "trust_region": TRUST_REGION_STEP}
+        settings = self.resolved()
+        scaling = settings.scaling if self.optim in SOUL_NAMES else "none"
+        rates = {"tensor": STEP_BY_WIDTH[settings.rule] / width, "trust_region": TRUST_REGION_STEP}
         self.learning_rate = rates.get(scaling, PUBLISHED_LEARNING_RATE)
 
     def __post_init__(self):

@@ -47,7 +47,7 @@ def test_what_is_left_open_depends_on_the_rule(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "rate"),
     [
-        ({}, 0.067 / 32),
+        ({}, 0.12 / 32),
         ({"rule": "none"}, 0.067 / 32),
         (CURVATURE, 3e-4),
         ({"scaling": "trust_region"}, 3e-4),
