@@ -40,7 +40,7 @@ def done(folder: Path) -> dict[str, dict]:
     return lines
 
 
-def final_plan(folder: Path, task: str, families: list[str], objectives: list[str]) -> list[dict]:
+def final_plan(folder: Path, task: str, families: list[str], objectives: list[str], levels: list[float]) -> list[dict]:
     """The settings that the search chose for each depth, on every other seed; and defaults, which need no search."""
     runs = [run for path in sorted(folder.glob("runs-*.jsonl")) for run in read_runs([path])]
     plan = []
@@ -52,7 +52,7 @@ def final_plan(folder: Path, task: str, families: list[str], objectives: list[st
                     for run in runs
                     if (run.task, run.family, run.objective, run.stage) == (task, name, objective, "search")
                 ]
-                settings = [best_setting(found, level) for level in LEVELS] if FAMILIES[name].varied else [{}]
+                settings = [best_setting(found, level) for level in levels] if FAMILIES[name].varied else [{}]
                 unique = {json.dumps(setting, sort_keys=True): setting for setting in settings}
                 shared = {"task": task, "family": name, "objective": objective}
                 plan += [{**shared, "setting": each, "seed": seed, "stage": "final"} for each in unique.values()]
@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=("search", "final"), help="By default one after the other.")
     parser.add_argument("--name", help="Of the file of runs, by default the process.")
     parser.add_argument("--shard", help="Without a launcher: this process's part of the runs, index/number.")
+    levels = [float(level) for level in LEVELS]
+    parser.add_argument("--levels", type=float, nargs="+", default=levels, help="Depths that choose a setting.")
     for name, known in (("tasks", TASKS), ("families", FAMILIES), ("objectives", OBJECTIVES)):
         default = ",".join(known) if name != "tasks" else "embedded-0.3M"
         parser.add_argument(f"--{name}", default=default, help=f"Of {', '.join(known)}.")
@@ -96,7 +98,7 @@ def main() -> None:
         if args.stage != "final":
             work(search_plan(task, families, objectives, SEARCH_SEED), args)
         if args.stage != "search":
-            work(final_plan(args.output_dir, task, families, objectives), args)
+            work(final_plan(args.output_dir, task, families, objectives, args.levels), args)
 
 
 if __name__ == "__main__":

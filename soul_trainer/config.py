@@ -154,10 +154,6 @@ class SoulArguments:
         for name in ("rho", "eps"):
             if settings.rule != "sophia" and getattr(settings, name) != getattr(SoulArguments, name):
                 raise ValueError(f"`{name}` is Sophia's, and `rule` is {settings.rule!r}: set `rule='sophia'`.")
-        if self.hessian_interval and settings.rule == "none":
-            raise ValueError(
-                f"`hessian_interval`={self.hessian_interval} refreshes a Hessian, and `rule='none'` has none."
-            )
         if settings.curvature and settings.rule not in ("diagonal", "kronecker"):
             raise ValueError(
                 f"`curvature` names a file for the rules diagonal and kronecker, and `rule` is {settings.rule!r}."

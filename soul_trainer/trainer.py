@@ -17,7 +17,7 @@ from . import engines
 from .batch import ForgetRetainBatch
 from .callbacks import InterruptCallback
 from .collator import UnlearnCollator
-from .config import UnlearnConfig
+from .config import CURVATURE, UnlearnConfig
 from .formats import longest_row, prepare
 from .halves import count_answers
 from .objectives import Objectives, l1_norm
@@ -39,7 +39,8 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         args ([`UnlearnConfig`] or [`~transformers.TrainingArguments`], *optional*):
             Settings. Plain `TrainingArguments` get the defaults of what unlearning adds.
         forget_dataset ([`~datasets.Dataset`] or `list[dict]`): Rows to forget, in any format of `formats.py`.
-        retain_dataset ([`~datasets.Dataset`] or `list[dict]`): Rows whose knowledge is to be kept.
+        retain_dataset ([`~datasets.Dataset`] or `list[dict]`):
+            Rows whose knowledge is to be kept; none with `retain_loss="curvature"` and a file of `curvature`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Rows for `evaluate()`, which gives their loss; by default the forget and the retain rows.
@@ -68,9 +69,11 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
     ):
         if (model is None) == (model_init is None):
             raise ValueError("UnlearnTrainer needs `model` or `model_init`, one of them.")
-        if any(needed is None for needed in (forget_dataset, retain_dataset, processing_class)):
-            raise ValueError("UnlearnTrainer needs `forget_dataset`, `retain_dataset` and `processing_class`.")
         args = UnlearnConfig.from_training_arguments(args or UnlearnConfig())
+        # A file knows how the loss on what is to be kept is curved, and no step reads the rows.
+        has_file = args.retain_loss == CURVATURE and args.curvature is not None
+        if forget_dataset is None or processing_class is None or (retain_dataset is None and not has_file):
+            raise ValueError("UnlearnTrainer needs `forget_dataset`, `retain_dataset` and `processing_class`.")
         self.args, self.peft_config, self.model_init = args, peft_config, model_init
         self.reference: Reference | None = None
         model = self.made_ready(model) if model_init is None else self.call_model_init()
@@ -80,7 +83,8 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             prepare, tokenizer=processing_class, max_length=max_length, prompt_template=args.prompt_template
         )
         forget = self._tokenize(forget_dataset, name="forget_dataset")
-        retain = self._tokenize(retain_dataset, name="retain_dataset")
+        no_rows = forget.select(())
+        retain = no_rows if retain_dataset is None else self._tokenize(retain_dataset, name="retain_dataset")
         warn_of_common_rows(forget, retain)
         with self.resume_allowed(model, args):
             super().__init__(
@@ -88,7 +92,8 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
                 args=args,
                 data_collator=UnlearnCollator.for_tokenizer(processing_class),
                 train_dataset=make_pairs(forget, retain, self.objectives, args, processing_class, max_length),
-                eval_dataset=self._tokenized(eval_dataset) or {"forget": forget, "retain": retain},
+                eval_dataset=self._tokenized(eval_dataset)
+                or {"forget": forget, **({"retain": retain} if len(retain) else {})},
                 processing_class=processing_class,
                 **kwargs,
             )

@@ -13,11 +13,11 @@ from engine_jobs import DEEPSPEED, JOBS, NOT_UNDER_DEEPSPEED, differences, run
 ENGINES = ("ddp", "fsdp2", "fsdp2_accelerate", *DEEPSPEED)
 # DoRA asks for the norm of whole weights, which transformers' own sharding does not give it.
 REFUSED = {("fsdp2", "dora"), *((engine, job) for engine in DEEPSPEED for job in NOT_UNDER_DEEPSPEED)}
-# Where losses and references are concerned, stages 2 and 3 stand for the others: what these shard is the optimizer's.
+# Where losses, references and matrices are concerned, stages 2 and 3 stand for the others.
 LEFT_OUT = REFUSED | {
     (engine, job)
     for engine in ("zero1", "zero2_offload", "zero3_offload")
-    for job in ("dpo", "cached", "rmu", "negated", "pattern")
+    for job in ("dpo", "cached", "rmu", "negated", "pattern", "two_lora", "kronecker", "trust_region")
 }
 
 
