@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearningStoppingCallback, UnlearnTrainer, gold_forget_loss
-from soul_trainer.config import SOUL_NAMES
 from soul_trainer.engines import Engine
 from soul_trainer.sampling import SamplingConfig, add_alternates
+from soul_trainer.soul_settings import SOUL_NAMES
 
 from .adapters import LoraArguments
 from .comparison import Comparison

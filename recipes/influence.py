@@ -27,6 +27,7 @@ from soul_trainer.influence import InfluenceArguments, influence_update
 SETTINGS = {
     "diagonal": {"solver": "diagonal"},
     "kronecker": {"solver": "kronecker"},
+    "kronecker, 4 draws": {"solver": "kronecker", "num_draws": 4},
     "conjugate_gradient, 10 iterations": {"solver": "conjugate_gradient", "max_iterations": 10},
     "diagonal, 4 steps": {"solver": "diagonal", "num_steps": 4},
     "kronecker, 4 steps": {"solver": "kronecker", "num_steps": 4},

@@ -26,8 +26,8 @@ from soul_eval.experiment import Experiment, UnlearningTask
 from soul_eval.extras import require
 from soul_eval.search import ForgetQualitySubjectToUtility, hp_space
 from soul_trainer import UnlearnConfig
-from soul_trainer.config import SOUL_NAMES
 from soul_trainer.records import run_settings, write_whole
+from soul_trainer.soul_settings import SOUL_NAMES
 
 
 optuna = require("optuna", extra="search")

@@ -14,7 +14,7 @@ from soul_eval.attacks.quantization import rounded_weights
 from soul_eval.attacks.relearning import RelearningArguments, relearned_weights
 from soul_eval.scoring import answer_losses
 from soul_trainer import UnlearnConfig, UnlearnTrainer
-from soul_trainer.formats import Example, render
+from soul_trainer.formats import render
 
 
 SPLITS = ("forget", "retain", "held_out")
@@ -50,7 +50,7 @@ def probabilities(task: Task, model, tokenizer, splits=SPLITS) -> dict[str, floa
     found = {split: _probability(model, tokenizer, task.asked(split)) for split in splits}
     found["general"] = None
     if task.general:
-        examples = [Example("", text, False) for text in task.general]
+        examples = [render({"text": text}, tokenizer) for text in task.general]
         losses = answer_losses(model, tokenizer, examples, progress=False)
         found["general"] = round(float(sum(losses) / len(losses)), 5)
     model.train(was_training)

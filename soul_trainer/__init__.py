@@ -7,9 +7,10 @@ from .registration import register
 register()
 
 from .callbacks import HessianCallback, UnlearningStoppingCallback, gold_forget_loss  # noqa: E402
-from .config import SoulArguments, UnlearnConfig  # noqa: E402
+from .config import UnlearnConfig  # noqa: E402
 from .curvature import estimate_hessian  # noqa: E402
 from .optim import Sophia, Soul  # noqa: E402
+from .soul_settings import SoulArguments  # noqa: E402
 from .trainer import UnlearnTrainer  # noqa: E402
 
 

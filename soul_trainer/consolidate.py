@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig
 
 
-_STATES = ("exp_avg", "hessian")
 # Where DeepSpeed keeps the optimizer's state_dict: in stages 1 and 2, and in stage 3.
 _ZERO_STATES = ("base_optimizer_state", "optimizer_state_dict")
 _ZERO_MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
@@ -39,7 +38,7 @@ class Contents(NamedTuple):
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): Float32 where the engine keeps such masters.
-        states (`dict[str, dict[str, torch.Tensor]]`): Sophia's, of each parameter that it steps.
+        states (`dict[str, dict[str, torch.Tensor]]`): The optimizer's, of each parameter that it steps.
         groups (`list[dict]`): Its parameter groups, `params` being names.
     """
 
@@ -109,16 +108,16 @@ def _read_zero(checkpoint: Path) -> Contents:
     tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint, tag)
     merged = {}
-    for key in _STATES:
+    for key in _state_names(checkpoint / tag):
         with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
             optimizer = _copy_with_states_for_weights(checkpoint / tag, Path(scratch) / tag, key)
             merged[key] = get_fp32_state_dict_from_zero_checkpoint(scratch, tag, exclude_frozen_parameters=True)
-    # As Sophia steps every partition at every step, these numbers are the same in all of them.
-    numbers = {key: optimizer["state"][0][key] for key in ("step", "hessian_weight")}
+    # As every partition is stepped at every step, these numbers are the same in all of them.
+    numbers = {key: value for key, value in optimizer["state"][0].items() if not value.dim()}
     states = {
-        name: {key: merged[key][name].clone() for key in _STATES}
+        name: {key: parts[name].clone() for key, parts in merged.items()}
         | {key: value.clone() for key, value in numbers.items()}
-        for name in merged["hessian"]
+        for name in merged["exp_avg"]
     }
     shapes = torch.load(min((checkpoint / tag).glob("*model_states.pt")), weights_only=False)["param_shapes"]
     groups = [
@@ -126,6 +125,14 @@ def _read_zero(checkpoint: Path) -> Contents:
         for group in optimizer["param_groups"]
     ]
     return Contents({name: tensor.clone() for name, tensor in weights.items()}, states, groups)
+
+
+def _state_names(folder: Path) -> list[str]:
+    """The states of the optimizer that are as large as its parameters."""
+    shard = torch.load(min(folder.glob("*optim_states.pt")), weights_only=False, mmap=True)
+    zero = shard["optimizer_state_dict"]
+    optimizer = next(zero[name] for name in _ZERO_STATES if name in zero)
+    return [key for key, value in optimizer["state"][0].items() if value.dim()]
 
 
 def _copy_with_states_for_weights(folder: Path, copy: Path, key: str) -> dict:

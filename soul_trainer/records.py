@@ -10,9 +10,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
-from .config import SOUL_NAMES, SoulArguments, UnlearnConfig
+from .config import UnlearnConfig
 from .objectives import Objectives
 from .settings import ObjectiveArguments
+from .soul_settings import SOUL_NAMES, SoulArguments
 
 
 RUN_FILE = "unlearning.json"

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .config import SOUL_NAMES, SoulArguments, parse_optim_args
 from .engines import check_engine, find_soul, prepare_deepspeed
 from .optim import RULES, Sophia, Soul
+from .soul_settings import SOUL_NAMES, SoulArguments, parse_optim_args
 
 
 logger = logging.get_logger(__name__)

@@ -83,8 +83,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             prepare, tokenizer=processing_class, max_length=max_length, prompt_template=args.prompt_template
         )
         forget = self._tokenize(forget_dataset, name="forget_dataset")
-        no_rows = forget.select(())
-        retain = no_rows if retain_dataset is None else self._tokenize(retain_dataset, name="retain_dataset")
+        retain = forget.select(()) if retain_dataset is None else self._tokenize(retain_dataset, name="retain_dataset")
         warn_of_common_rows(forget, retain)
         with self.resume_allowed(model, args):
             super().__init__(
@@ -101,6 +100,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.engine = engines.make_engine(self.accelerator, self.model)
+        args.fill_rule(sum(p.numel() for p in engines.trained_parameters(self.model)), self.engine.shards)
         engines.check_trainer(self, self.engine)
         self.step_losses: dict[str, torch.Tensor | float] = defaultdict(float)
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)

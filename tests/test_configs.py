@@ -11,8 +11,8 @@ from transformers import HfArgumentParser
 
 from soul_eval.settings_files import DEFAULTS_FILE, SettingsParser, settings_file
 from soul_trainer import UnlearnConfig
-from soul_trainer.config import SOUL_NAMES
 from soul_trainer.objectives import FORGET_LOSSES
+from soul_trainer.soul_settings import SOUL_NAMES
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -128,7 +128,7 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_engine(outcomes, engi
         pytest.param(engine, job, marks=pytest.mark.xdist_group(engine), id=f"{engine}-{job}")
         for engine in ENGINES
         if engine != "ddp"
-        for job in ("resumed", "lora", "dora", "wagle")
+        for job in ("resumed", "lora", "dora", "wagle", "two_directions", "kronecker")
         if job in jobs_of(engine)
     ],
 )

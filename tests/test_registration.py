@@ -13,9 +13,9 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 import soul_trainer
 from soul_trainer import HessianCallback, Sophia, SoulArguments, UnlearnConfig
 from soul_trainer.collator import UnlearnCollator
-from soul_trainer.config import parse_optim_args
 from soul_trainer.engines import find_soul
 from soul_trainer.formats import prepare
+from soul_trainer.soul_settings import parse_optim_args
 
 
 def plain_trainer(tmp_path, model=None, optim_args="rho=0.5,hessian_interval=2", callbacks=(), **settings) -> Trainer:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "recipes": "recipes"}
 # A file imports from the floors below it and from its own.
 FLOORS = (
-    ("batch", "optim", "settings", "refusals", "weighting", "weights"),
+    ("batch", "optim", "settings", "soul_settings", "refusals", "weighting", "weights"),
     ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
     ("engines", "records", "freezing", "random_state", "loading"),
     ("registration",),

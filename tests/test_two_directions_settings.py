@@ -26,11 +26,11 @@ def config(**settings) -> UnlearnConfig:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, ("diagonal", "tensor", True, 0, "empirical_fisher", 0.1)),
-        ({"rule": "kronecker"}, ("kronecker", "tensor", True, 0, "empirical_fisher", 0.1)),
-        (CURVATURE, ("diagonal", "trust_region", False, 0, "empirical_fisher", 0.1)),
-        ({"retain_loss": "none"}, ("diagonal", "tensor", False, 0, "empirical_fisher", 0.1)),
-        ({"forget_loss": "none"}, ("diagonal", "tensor", False, 0, "empirical_fisher", 0.1)),
+        ({}, ("kronecker", "tensor", True, 0, "empirical_fisher", 0.1)),
+        ({"rule": "diagonal"}, ("diagonal", "tensor", True, 0, "empirical_fisher", 0.1)),
+        (CURVATURE, ("kronecker", "trust_region", False, 0, "empirical_fisher", 0.1)),
+        ({"retain_loss": "none"}, ("kronecker", "tensor", False, 0, "empirical_fisher", 0.1)),
+        ({"forget_loss": "none"}, ("kronecker", "tensor", False, 0, "empirical_fisher", 0.1)),
         ({"hessian_estimator": "hutchinson"}, ("diagonal", "tensor", True, 0, "hutchinson", 0.0)),
         ({"optim": "sophia"}, ("sophia", "none", False, 10, "gauss_newton_bartlett", 0.0)),
         ({"rule": "sophia"}, ("sophia", "none", False, 10, "gauss_newton_bartlett", 0.0)),

@@ -3,7 +3,7 @@
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from ..config import SOUL_NAMES
+from ..soul_settings import SOUL_NAMES
 from .hessian import HessianCallback
 from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback

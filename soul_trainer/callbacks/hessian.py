@@ -10,13 +10,13 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..config import SoulArguments, parse_optim_args
 from ..curvature import estimate_hessian, linear_layers, measure_matrices, update_shares
 from ..curvature.file import check_model, load_curvature, load_matrices, save_matrices
 from ..curvature.layers import LayerStatistics
 from ..engines import MOST_OVERFLOWS, KeptWithCheckpoint, check_estimator, find_soul, make_engine, save_checkpoint
 from ..optim import RULES
 from ..random_state import forked_rng
+from ..soul_settings import SoulArguments, parse_optim_args
 from ..weights import weights_digest
 from .rows import micro_batches
 
@@ -60,6 +60,11 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         self.trainer = trainer
         self.engine = make_engine(trainer.accelerator, trainer.model)
         check_estimator(self.settings.hessian_estimator, self.engine)
+        if self.settings.rule == "kronecker" and args.fp16 and not self.settings.curvature:
+            raise ValueError(
+                "`rule='kronecker'` sums gradients of layers, which float16 scales: set `bf16`, or read a file of "
+                "`curvature`."
+            )
         is_checked = self.settings.curvature and self.engine.holds_whole(trainer.model)
         self._digest = weights_digest(trainer.model) if is_checked else None
         self.refresh_seconds = 0.0

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from ..batch import IGNORE_INDEX, ForgetRetainBatch
-from ..config import check_choice
 from ..engines import Engine, find_soul
 from ..log_probs import shift_labels
+from ..settings import check_choice
 from .labels import answer_uniforms, sampled_label_loss, signed_label_loss
 from .layers import LayerStatistics
 

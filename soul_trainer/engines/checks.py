@@ -7,8 +7,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
-from ..config import SOUL_NAMES
 from ..optim import Soul
+from ..soul_settings import SOUL_NAMES
 from .base import Engine
 from .deepspeed import DeepSpeedEngine
 from .fsdp import is_sharded
