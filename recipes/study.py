@@ -12,18 +12,21 @@ at each depth run again on other seeds, which make the figures.
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
 from study_families import FAMILIES, LEVELS, OBJECTIVES, key, search_plan
+from study_report import write_study
 from study_runs import measure
 from study_tasks import TASKS, make_task
 
 from soul_eval.study.figures import best_setting
-from soul_eval.study.records import read_runs
+from soul_eval.study.records import parse_run
 
 
-SEARCH_SEED = 100
+# Of no final run. Those of TOFU take other authors each, of which there are not so many.
+SEARCH_SEEDS = {"embedded-0.3M": 100, "embedded-2M": 100, "embedded-10M": 100, "tofu": 4, "smollm2": 4}
 FINAL_SEEDS = {"embedded-0.3M": 5, "embedded-2M": 3, "embedded-10M": 3, "tofu": 3, "smollm2": 3}
 
 
@@ -42,7 +45,7 @@ def done(folder: Path) -> dict[str, dict]:
 
 def final_plan(folder: Path, task: str, families: list[str], objectives: list[str], levels: list[float]) -> list[dict]:
     """The settings that the search chose for each depth, on every other seed; and defaults, which need no search."""
-    runs = [run for path in sorted(folder.glob("runs-*.jsonl")) for run in read_runs([path])]
+    runs = [parse_run(json.dumps(line)) for line in done(folder).values()]
     plan = []
     for seed in range(FINAL_SEEDS[task]):
         for objective in objectives:
@@ -61,11 +64,11 @@ def final_plan(folder: Path, task: str, families: list[str], objectives: list[st
 
 def work(plan: list[dict], args: argparse.Namespace) -> None:
     """Does this process's runs of a plan, those that nobody has done."""
-    index, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.shard:
-        index, num_processes = map(int, args.shard.split("/"))
+    index, num_processes = map(int, args.shard.split("/"))
     path = args.output_dir / f"runs-{args.name or index}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        path.write_bytes(path.read_bytes() + b"\n")  # the next line would else be part of one that was cut off
     known, tasks = done(args.output_dir), {}
     for run in plan[index::num_processes]:
         if key(run) in known:
@@ -78,6 +81,13 @@ def work(plan: list[dict], args: argparse.Namespace) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def wait_for(plan: list[dict], folder: Path) -> None:
+    """Until all processes have done their runs, among which settings are chosen."""
+    while left := {key(run) for run in plan} - set(done(folder)):
+        print(f"{len(left)} runs of the search are left to other processes.", flush=True)
+        time.sleep(30)
+
+
 def main() -> None:
     """Searches, then runs what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,18 +95,27 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, default=Path("tofu"), help="TOFU's folder, for tofu and smollm2.")
     parser.add_argument("--stage", choices=("search", "final"), help="By default one after the other.")
     parser.add_argument("--name", help="Of the file of runs, by default the process.")
-    parser.add_argument("--shard", help="Without a launcher: this process's part of the runs, index/number.")
+    # A run is of one process: its Trainer must not find the launcher's variables.
+    launched = [os.environ.pop(name, other) for name, other in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", ""))]
+    shard = "/".join(launched[:2])
+    parser.add_argument("--shard", default=shard, help="Without a launcher: this process's part, index/number.")
     levels = [float(level) for level in LEVELS]
     parser.add_argument("--levels", type=float, nargs="+", default=levels, help="Depths that choose a setting.")
     for name, known in (("tasks", TASKS), ("families", FAMILIES), ("objectives", OBJECTIVES)):
         default = ",".join(known) if name != "tasks" else "embedded-0.3M"
         parser.add_argument(f"--{name}", default=default, help=f"Of {', '.join(known)}.")
+    parser.add_argument("--report", type=Path, help="Makes tables and pictures of the rows in a folder, and no runs.")
     args = parser.parse_args()
+    if args.report:
+        return write_study(args.report, args.levels)
     torch.set_num_threads(1)
     tasks, families, objectives = (getattr(args, name).split(",") for name in ("tasks", "families", "objectives"))
     for task in tasks:
+        plan = search_plan(task, families, objectives, SEARCH_SEEDS[task])
         if args.stage != "final":
-            work(search_plan(task, families, objectives, SEARCH_SEED), args)
+            work(plan, args)
+        if args.stage is None:
+            wait_for(plan, args.output_dir)
         if args.stage != "search":
             work(final_plan(args.output_dir, task, families, objectives, args.levels), args)
 

@@ -38,10 +38,16 @@ class HalvesOptimizer(Soul):
 
     def update_forget_momentum(self) -> None:
         """Keeps the gradient as it is."""
-        for group in self.param_groups:
-            for param in group["params"]:
+        # Which also makes the state of each, where a Hessian will be.
+        for bucket in self._buckets():
+            for param in bucket.params:
                 if param.grad is not None:
                     self.state[param]["forget_gradient"] = param.grad.detach().clone()
+
+    def _new_state(self, group: dict, param: Tensor) -> dict[str, Tensor]:
+        # Of Soul's momenta none is used, and the study counts bytes.
+        state = super()._new_state(group, param)
+        return {name: value for name, value in state.items() if not name.startswith("exp_avg")}
 
     @torch.no_grad()
     def step(self, closure=None):

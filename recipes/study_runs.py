@@ -1,6 +1,7 @@
 """One run of the study: unlearns, asks on the way, and says what came of it."""
 
 import copy
+import math
 import tempfile
 import time
 
@@ -35,7 +36,10 @@ class Curve(TrainerCallback):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         start = time.perf_counter()
-        self.points.append({"step": state.global_step, **probabilities(self.task, model, self.tokenizer)})
+        point = {"step": state.global_step, **probabilities(self.task, model, self.tokenizer)}
+        if not all(value is None or math.isfinite(value) for value in point.values()):
+            raise FloatingPointError(f"The model's probabilities are not finite after step {state.global_step}.")
+        self.points.append(point)
         distance = abs(self.points[-1]["forget"] - DEPTH)
         if distance < self._distance:
             self._distance, self.snapshot = distance, copy.deepcopy(model.state_dict())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from fictitious_authors import make_corpus
+from filelock import FileLock
 from small_llama import SmallModelArguments
 from small_models import small_models
 
@@ -55,15 +56,20 @@ def embedded(name: str, seed: int, folder: Path) -> Task:
     return Task(name, {split: corpus[split] for split in LEARNT}, target, _SMALL)
 
 
-def tofu(name: str, seed: int, folder: Path, dataset: Path) -> Task:
-    """Real TOFU: forget01's authors, or others of forget10 by the seed, with 10 authors to retain and 3 held out."""
+def tofu_rows(dataset: Path, seed: int) -> dict[str, list[dict]]:
+    """Four authors of forget10 to forget, the last for seed 0, 10 of retain90 to retain, 3 held out; seeds 0 to 4."""
     forget, retain = (_lines(dataset / f"{split}.json") for split in ("forget10", "retain90"))
     each, start = 20, 13 * 20 * seed
-    rows = {
+    return {
         "forget": forget[len(forget) - 4 * each * (seed + 1) : len(forget) - 4 * each * seed],
         "retain": retain[start : start + 10 * each],
         "held_out": retain[start + 10 * each : start + 13 * each],
     }
+
+
+def tofu(name: str, seed: int, folder: Path, dataset: Path) -> Task:
+    """Real TOFU: forget01's authors, or others of forget10 by the seed."""
+    rows = tofu_rows(dataset, seed)
     learnt = {split: Dataset.from_list(members) for split, members in rows.items()}
     target, _ = small_models(learnt, folder / name / f"seed-{seed}", SmallModelArguments(), seed, with_gold=False)
     return Task(name, rows, target, _SMALL)
@@ -81,9 +87,11 @@ def smollm2(name: str, seed: int, folder: Path, dataset: Path) -> Task:
 
 def make_task(name: str, seed: int, folder: Path, dataset: Path) -> Task:
     """The task of a name; models that are not there are trained."""
-    if name in _WIDTHS:
-        return embedded(name, seed, folder)
-    return {"tofu": tofu, "smollm2": smollm2}[name](name, seed, folder, dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}-{seed}.lock"):  # two processes would train the same model into one folder
+        if name in _WIDTHS:
+            return embedded(name, seed, folder)
+        return {"tofu": tofu, "smollm2": smollm2}[name](name, seed, folder, dataset)
 
 
 TASKS = (*_WIDTHS, "tofu", "smollm2")

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..curvature import estimate_hessian, linear_layers, measure_matrices, update_shares
+from ..curvature import KroneckerCurvature, estimate_hessian, linear_layers, measure_matrices, update_shares
 from ..curvature.file import check_model, load_curvature, load_matrices, save_matrices
 from ..curvature.layers import LayerStatistics
 from ..engines import MOST_OVERFLOWS, KeptWithCheckpoint, check_estimator, find_soul, make_engine, save_checkpoint
@@ -193,7 +193,7 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         soul = find_soul(self.trainer.optimizer)
         soul.set_hessian(found.diagonals)
         if self.settings.rule == "kronecker":
-            soul.matrices = found.matrices
+            soul.matrices = self._beside_weights(found.matrices)
 
     def save_to(self, folder: str | Path) -> None:
         """Keeps the curvature of matrices with a checkpoint, whose weights are no longer those that it is of."""
@@ -204,7 +204,13 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
     def load_from(self, folder: str | Path) -> None:
         """Takes it up."""
         if self.settings.rule == "kronecker":
-            find_soul(self.trainer.optimizer).matrices = load_matrices(Path(folder) / MATRICES_FILE)
+            found = load_matrices(Path(folder) / MATRICES_FILE)
+            find_soul(self.trainer.optimizer).matrices = self._beside_weights(found)
+
+    def _beside_weights(self, matrices: dict[str, KroneckerCurvature]) -> dict[str, KroneckerCurvature]:
+        """Those of the weights that train, on the devices of their states."""
+        layers = linear_layers(self.trainer.model)
+        return {name: matrix.to(layers[name].device) for name, matrix in matrices.items() if name in layers}
 
     def _estimate(
         self,

@@ -99,7 +99,7 @@ class KroneckerCurvature:
     """
     The curvature H of the mean loss per token in one weight, a symmetric map of matrices `(out, in)`, >= 0.
 
-    Matrices are taken and given in the weight's own layout and dtype.
+    Matrices are taken and given in their own layout, dtype and device.
 
     Args:
         input_vectors (`torch.FloatTensor` of shape `(in, inputs kept)`): Orthonormal columns.
@@ -153,6 +153,11 @@ class KroneckerCurvature:
             rest_rest,
             moments.transposed,
         )
+
+    def to(self, device: torch.device | str) -> "KroneckerCurvature":
+        """The same on a device."""
+        parts = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return self.from_tensors(parts, self.transposed)
 
     def truncated(self, rank: int | None) -> "KroneckerCurvature":
         """The same with the leading eigenvectors alone; what the others had becomes part of the means."""
@@ -256,7 +261,7 @@ class KroneckerCurvature:
         kept = outputs.T @ right
         result = outputs @ (kept * function(self.values)) @ inputs.T
         if not others_a and not others_g:
-            return (result.T if self.transposed else result).to(matrix.dtype)
+            return (result.T if self.transposed else result).to(matrix)
         # A block without directions is left out, or its rounding would be divided by the bare damping.
         output_rest = outputs.T @ whole - kept @ inputs.T
         input_rest = right - outputs @ kept
@@ -267,4 +272,4 @@ class KroneckerCurvature:
         if others_a and others_g:
             rest = whole - outputs @ (kept @ inputs.T + output_rest) - input_rest @ inputs.T
             result += rest * function(self.rest_rest)
-        return (result.T if self.transposed else result).to(matrix.dtype)
+        return (result.T if self.transposed else result).to(matrix)
