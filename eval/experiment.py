@@ -171,7 +171,8 @@ class Experiment:
             self._defaults |= self._parser.read(defaults)
         optimizer = (self._defaults | given).get("optim")
         self.optimizers = {optimizer: OPTIMIZERS.get(optimizer, optimizer)} if optimizer else dict(OPTIMIZERS)
-        if with_control and not optimizer and "rule" not in given:
+        # The published settings are of the published rule, which has no such control.
+        if with_control and not optimizer and "rule" not in given and not given.get("model"):
             self.optimizers = {"adamw_torch": "AdamW", NO_CURVATURE: "no curvature", "soul": "SOUL"}
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)

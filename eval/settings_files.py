@@ -123,5 +123,5 @@ def settings_file(folder: Path, optimizer: str, forget_loss: str) -> Path | None
         `Path`: `None` where there is neither.
     """
     optimizers = ("sophia", "soul") if optimizer == "sophia" else (optimizer,)
-    files = [folder / f"{name}{loss}.yaml" for name in optimizers for loss in (f"_{forget_loss}", "")]
+    files = [folder / f"{name}{loss}.yaml" for loss in (f"_{forget_loss}", "") for name in optimizers]
     return next((file for file in files if file.is_file()), None)

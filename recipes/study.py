@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--stage", choices=("search", "final"), help="By default one after the other.")
     parser.add_argument("--name", help="Of the file of runs, by default the process.")
     # A run is of one process: its Trainer must not find the launcher's variables.
-    launched = [os.environ.pop(name, other) for name, other in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", ""))]
-    shard = "/".join(launched[:2])
+    shard = f"{os.environ.pop('RANK', 0)}/{os.environ.pop('WORLD_SIZE', 1)}"
+    os.environ.pop("LOCAL_RANK", None)
     parser.add_argument("--shard", default=shard, help="Without a launcher: this process's part, index/number.")
     levels = [float(level) for level in LEVELS]
     parser.add_argument("--levels", type=float, nargs="+", default=levels, help="Depths that choose a setting.")

@@ -43,11 +43,9 @@ class HalvesOptimizer(Soul):
             for param in bucket.params:
                 if param.grad is not None:
                     self.state[param]["forget_gradient"] = param.grad.detach().clone()
-
-    def _new_state(self, group: dict, param: Tensor) -> dict[str, Tensor]:
-        # Of Soul's momenta none is used, and the study counts bytes.
-        state = super()._new_state(group, param)
-        return {name: value for name, value in state.items() if not name.startswith("exp_avg")}
+                # Of Soul's own momenta none is used, and the study counts bytes.
+                for name in ("exp_avg", "exp_avg_forget"):
+                    self.state[param].pop(name, None)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -1,5 +1,6 @@
 """Settings. Each field is documented once, in its `help`, which the command line shows."""
 
+from copy import copy
 from dataclasses import dataclass, fields
 
 from transformers import TrainingArguments
@@ -19,8 +20,9 @@ PUBLISHED_LEARNING_RATE = 1e-5
 # directions in which a step goes furthest, so that steps are longer with it.
 STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
 TRUST_REGION_STEP = 3e-4
-# Kronecker curvature keeps about five numbers a weight of a linear layer: up to 20 GB by default.
-KRONECKER_WEIGHTS = 1_000_000_000
+# Kronecker curvature keeps about five numbers a weight of a linear layer, and far more of an adapter's: by default, up
+# to 20 GB of them.
+KRONECKER_NUMBERS = 5_000_000_000
 
 
 @dataclass
@@ -84,12 +86,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         The rule where none is named: the best by the evidence of docs/study.md, or the published one, where its name
         or one of its settings is.
         """
-        names_sophia = self.optim == "sophia" or any(
-            getattr(self, name) != getattr(SoulArguments, name) for name in ("rho", "eps")
-        )
-        if names_sophia:
+        names_sophia = self.optim == "sophia" or self.rho is not None or self.eps is not None
+        if names_sophia or self.hessian_data == "training":
             return "sophia"
-        needs_diagonal = self.hessian_estimator == "hutchinson" or self.hessian_data == "training"
+        # Two passes over all retain rows are for once, and not for every few steps.
+        needs_diagonal = self.hessian_estimator == "hutchinson" or bool(self.hessian_interval)
         return "diagonal" if needs_diagonal else "kronecker"
 
     def rule_defaults(self, rule: str) -> dict:
@@ -101,25 +102,42 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             defaults["scaling"] = "trust_region"
         return defaults
 
-    def fill_rule(self, num_weights: int, shards: bool) -> None:
-        """Sets `rule`, if it is open, where Kronecker curvature would not fit: it is whole on each process."""
-        if self.rule is None and self.default_rule == "kronecker" and (shards or num_weights > KRONECKER_WEIGHTS):
+    def fill_rule(self, num_numbers: int, shards: bool) -> None:
+        """
+        Sets `rule`, if it is open, where Kronecker curvature would not do.
+
+        Args:
+            num_numbers (`int`): That it would keep; see [`~curvature.num_kronecker_numbers`].
+            shards (`bool`): Whether the engine shards the model, and so each process would keep them whole.
+        """
+        fits = not shards and not self.fp16 and num_numbers <= KRONECKER_NUMBERS
+        if self.rule is None and self.default_rule == "kronecker" and not fits:
             self.rule = "diagonal"
 
-    def fill_learning_rate(self, width: int) -> None:
-        """Sets `learning_rate`, if it is open, for a model of a width."""
+    def fill_learning_rate(self, width: int | None) -> None:
+        """Sets `learning_rate`, if it is open, for a model of a width, which may be unknown where it is not needed."""
         if self.learning_rate is not None:
             return
         settings = self.resolved()
         scaling = settings.scaling if self.optim in SOUL_NAMES else "none"
-        rates = {"tensor": STEP_BY_WIDTH[settings.rule] / width, "trust_region": TRUST_REGION_STEP}
-        self.learning_rate = rates.get(scaling, PUBLISHED_LEARNING_RATE)
+        if scaling == "tensor" and not width:
+            raise ValueError(
+                "`learning_rate` is open, and the model's configuration has no `hidden_size` for it to fit: set it."
+            )
+        self.learning_rate = {
+            "tensor": STEP_BY_WIDTH[settings.rule] / (width or 1),
+            "trust_region": TRUST_REGION_STEP,
+            "none": PUBLISHED_LEARNING_RATE,
+        }[scaling]
 
     def __post_init__(self):
         if self.optim in SOUL_NAMES:
             for name, value in parse_optim_args(self.optim_args).items():
                 setattr(self, name, value)
         super().__post_init__()
+        deepspeed = getattr(getattr(self, "hf_deepspeed_config", None), "config", {})
+        if self.learning_rate is None and "scheduler" in deepspeed:
+            raise ValueError("A scheduler in DeepSpeed's configuration needs a `learning_rate` of your own: set it.")
         self.check()
         self.remove_unused_columns = False
 
@@ -177,10 +195,18 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             )
         if not is_soul and self.two_directions:
             raise ValueError(f"`two_directions` is of `optim='soul'`, and `optim` is {self.optim!r}.")
-        if self.retain_loss == CURVATURE and self.retain_weight != 1.0:
+        weighs = self.retain_weight != 1.0 or self.retain_weight_schedule != "constant"
+        if self.retain_loss == CURVATURE and weighs:
             raise ValueError(
-                f"`retain_weight`={self.retain_weight} weighs a retain loss, and `retain_loss='curvature'` has none: "
-                "change `learning_rate`."
+                f"`retain_weight`={self.retain_weight} and `retain_weight_schedule`={self.retain_weight_schedule!r} "
+                "weigh a retain loss, and `retain_loss='curvature'` has none: change `learning_rate`."
+            )
+        if self.retain_loss == CURVATURE and self.forget_loss == "none":
+            raise ValueError("`forget_loss='none'` and `retain_loss='curvature'` leave nothing to train on.")
+        if is_soul and settings.two_directions and settings.hessian_data == "training":
+            raise ValueError(
+                "`hessian_data='training'` squares one training gradient, and in two directions there are two: set it "
+                "to retain, or `two_directions` to False."
             )
         if is_soul and settings.two_directions and (is_forget_only or self.forget_loss == "none"):
             raise ValueError(
@@ -198,6 +224,6 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearnConfig":
         """An [`UnlearnConfig`] with the values of `args`, and the defaults for what unlearning adds."""
         if isinstance(args, cls):
-            return args
+            return copy(args)  # which a trainer fills in for its model
         known = [setting.name for setting in fields(TrainingArguments) if setting.init]
         return cls(**{name: getattr(args, name) for name in known})

@@ -68,7 +68,8 @@ def consolidate(checkpoint: str | Path, output: str | Path) -> None:
     shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns(*_LEFT_BEHIND, *shards))
     if (checkpoint / "rng_state_0.pth").exists():
         shutil.copy(checkpoint / "rng_state_0.pth", temporary / "rng_state.pth")
-    if (checkpoint / "latest").exists():
+    is_one_group = any(group.get("scaling") == "trust_region" for group in contents.groups)
+    if (checkpoint / "latest").exists() and not is_one_group:
         _restore_dropped_groups(temporary / "scheduler.pt")
     _write_weights(contents.weights, temporary)
     torch.save(_numbered(contents), temporary / "optimizer.pt")

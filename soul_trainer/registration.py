@@ -91,6 +91,11 @@ class SophiaCallback(TrainerCallback):
             return
         self.has_told = True
         interval = sophia.param_groups[0]["hessian_interval"]
+        if interval and sophia.defaults["rule"] == "kronecker":
+            raise ValueError(
+                "`rule=kronecker` needs HessianCallback, which measures the curvature of layers: add it, or set "
+                "`rule=diagonal`."
+            )
         if interval:
             logger.warning(
                 f"Sophia's Hessian: the square of the training gradient, every {interval} step(s). HessianCallback "

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import BestRun
 
 from . import engines
 from .callbacks import callbacks_for
+from .curvature import linear_layers, num_kronecker_numbers
 from .freezing import freeze_parameters
 from .objectives import parameters_of_layers
 from .records import complete_model_card, make_way, read_model_card
@@ -29,6 +31,7 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
     )
 
     own_callbacks: Sequence[TrainerCallback] = ()
+    open_settings: frozenset[str] = frozenset()
 
     @property
     def has_fresh_adapter(self) -> bool:
@@ -43,15 +46,28 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
             self.accelerator.wait_for_everyone()
         if self.model_init is not None:
             self.engine = self._interrupt.engine = engines.make_engine(self.accelerator, self.model)
+            self.fill_settings()
             engines.check_trainer(self, self.engine)
             drop_from_rows(self.train_dataset)
             self.renew_callbacks()
-        self.args.fill_learning_rate(self.model.config.get_text_config().hidden_size)
         self.retain_weight = self.args.retain_weight
         self.clear_losses()
         # Before a checkpoint is loaded: the reference is the model that training began with.
         if not self.engine.shards:
             self.prepare_reference()
+
+    def fill_settings(self) -> None:
+        """Gives the settings that are open the values that fit the model and its engine."""
+        self.open_settings |= {name for name in ("rule", "learning_rate") if getattr(self.args, name) is None}
+        layers = linear_layers(self.model)
+        self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards)
+        self.args.fill_learning_rate(getattr(self.model.config.get_text_config(), "hidden_size", None))
+
+    def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:
+        """As [`~transformers.Trainer`]'s; what was open is open in each trial that does not draw it."""
+        for name in self.open_settings:
+            setattr(self.args, name, None)
+        return super().hyperparameter_search(*args, **kwargs)
 
     def renew_callbacks(self) -> None:
         """Adds the callbacks that the settings ask for, in the place of those of a former run."""

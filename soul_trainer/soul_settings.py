@@ -22,6 +22,8 @@ _PUBLISHED = {
     "hessian_interval": 10,
     "hessian_estimator": "gauss_newton_bartlett",
     "hessian_label_smoothing": 0.0,
+    "rho": 0.04,
+    "eps": 1e-15,
 }
 _ONCE = {
     "two_directions": True,
@@ -57,12 +59,14 @@ class SoulArguments:
         f"How long a step is: {', '.join(SCALINGS)}; by default tensor, or trust_region with retain_loss=curvature.",
     )
     damping: float = setting(0.1, "Added to the Hessian, as a share of its mean, > 0; not in the rule sophia.")
-    rho: float = setting(0.04, "Sophia's curvature scale (rho), > 0; it must fit the scale of the Hessian.")
+    rho: float | None = setting(
+        None, "Sophia's curvature scale (rho), > 0, by default 0.04; it must fit the scale of the Hessian."
+    )
     beta1: float = setting(0.9, "Decay of the momenta (beta1), in [0, 1). `adam_beta1` is AdamW's.")
     beta2: float = setting(0.95, "Decay of the Hessian per refresh (beta2), in [0, 1).")
-    eps: float = setting(1e-15, "Sophia's epsilon in the denominator, > 0.")
+    eps: float | None = setting(None, "Sophia's epsilon in the denominator, > 0, by default 1e-15.")
     bias_correction: bool = setting(True, "Whether the Hessian's start-up bias is corrected (SophiaG does not).")
-    state_dtype: str = setting("float32", "Of momenta and Hessian: float32 or, for half the memory, bfloat16.")
+    state_dtype: str = setting("float32", "Of the momenta: float32 or, for half the memory, bfloat16.")
     hessian_interval: int | None = setting(
         None,
         "Optimizer steps between two refreshes of the Hessian; 0 refreshes once, before the first step. By default 0, "
@@ -81,7 +85,8 @@ class SoulArguments:
     hessian_batch_size: int = setting(32, "Rows of one estimate, over all processes.")
     hessian_rows: int | None = setting(
         None,
-        "With hessian_interval=0: rows that are visited, averaging estimates of hessian_batch_size; all if unset.",
+        "With hessian_interval=0, or the rule kronecker: rows that are visited, in estimates of hessian_batch_size; "
+        "all if unset.",
     )
     hessian_label_smoothing: float | None = setting(
         None, "Label smoothing of the estimator empirical_fisher, in [0, 1)."
@@ -141,7 +146,7 @@ class SoulArguments:
                 "`hessian_estimator='empirical_fisher'`, `hessian_interval` >= 1 and no label smoothing."
             )
         for name in ("rho", "eps"):
-            if settings.rule != "sophia" and getattr(settings, name) != getattr(SoulArguments, name):
+            if settings.rule != "sophia" and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is Sophia's, and `rule` is {settings.rule!r}: set `rule='sophia'`.")
         if settings.rule == "kronecker" and (
             settings.hessian_estimator == "hutchinson" or settings.hessian_data == "training"
@@ -161,14 +166,14 @@ class SoulArguments:
         settings = self.resolved()
         own = {
             "betas": (settings.beta1, settings.beta2),
-            "rho": settings.rho,
-            "eps": settings.eps,
             "bias_correction": settings.bias_correction,
             "hessian_interval": settings.hessian_interval or None,
             "state_dtype": getattr(torch, settings.state_dtype),
         }
-        if settings.rule == "sophia" and settings.scaling == "none" and not settings.two_directions:
-            return own  # of Sophia
+        if settings.rule == "sophia":
+            own |= {"rho": settings.rho, "eps": settings.eps}
+            if settings.scaling == "none" and not settings.two_directions:
+                return own  # of Sophia
         names = ("rule", "scaling", "two_directions", "damping")
         return own | {name: getattr(settings, name) for name in names}
 

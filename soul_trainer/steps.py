@@ -40,8 +40,12 @@ class FoldCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Starts anew or, after a resume, goes on."""
-        saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
         self.last_fold = saved.get("attributes", {}).get("last_fold")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Forgets it, or another training would take it for a step of its own."""
+        self.last_fold = None
 
 
 class StepMixin(Trainer):

@@ -100,7 +100,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         # The loss below is already divided by the counts of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.engine = engines.make_engine(self.accelerator, self.model)
-        args.fill_rule(sum(p.numel() for p in engines.trained_parameters(self.model)), self.engine.shards)
+        self.fill_settings()
         engines.check_trainer(self, self.engine)
         self.step_losses: dict[str, torch.Tensor | float] = defaultdict(float)
         self._component_sums: dict[str, torch.Tensor | float] = defaultdict(float)

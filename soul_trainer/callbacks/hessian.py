@@ -67,6 +67,10 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
             )
         is_checked = self.settings.curvature and self.engine.holds_whole(trainer.model)
         self._digest = weights_digest(trainer.model) if is_checked else None
+        if self.settings.curvature and not is_checked:
+            logger.warning(
+                f"Whether {self.settings.curvature} is of this model is not checked: no process has its weights whole."
+            )
         self.refresh_seconds = 0.0
         self.last_refresh: int | None = None
         self.learning_rates: list[float] = []
@@ -182,6 +186,7 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         if self.settings.rule != "kronecker":
             estimate()
             return
+        find_soul(self.trainer.optimizer).matrices = {}  # whose memory the new ones take
         layers = linear_layers(self.trainer.model)
         matrices = measure_matrices(layers, estimate, self.engine, self.settings.curvature_rank)
         find_soul(self.trainer.optimizer).matrices = matrices
@@ -204,7 +209,9 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
     def load_from(self, folder: str | Path) -> None:
         """Takes it up."""
         if self.settings.rule == "kronecker":
-            found = load_matrices(Path(folder) / MATRICES_FILE)
+            # A checkpoint from before the first step has none yet.
+            path = Path(folder) / MATRICES_FILE
+            found = load_matrices(path) if path.exists() else {}
             find_soul(self.trainer.optimizer).matrices = self._beside_weights(found)
 
     def _beside_weights(self, matrices: dict[str, KroneckerCurvature]) -> dict[str, KroneckerCurvature]:

@@ -18,7 +18,7 @@ How the loss bends: everything that is measured of its curvature. It knows nothi
 from .estimators import ESTIMATORS, estimate_hessian
 from .file import Curvature, check_model, load_curvature, save_curvature
 from .kronecker import KroneckerCurvature
-from .layers import linear_layers
+from .layers import linear_layers, num_kronecker_numbers
 from .measure import measure_matrices
 from .report import update_shares
 
@@ -32,6 +32,7 @@ __all__ = [
     "linear_layers",
     "load_curvature",
     "measure_matrices",
+    "num_kronecker_numbers",
     "save_curvature",
     "update_shares",
 ]

@@ -10,7 +10,7 @@ They are sums and not means, so that micro-batches and processes add up, and a p
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,6 +80,12 @@ def linear_layers(model: nn.Module, max_size: int = 16384, trainable_only: bool 
     return layers
 
 
+def num_kronecker_numbers(layers: Iterable[Layer]) -> int:
+    """How many numbers the Kronecker curvature of layers keeps, at full rank: both bases and the second moments."""
+    sizes = [(layer.in_features, layer.out_features) for layer in layers]
+    return sum(inputs**2 + outputs**2 + inputs * outputs for inputs, outputs in sizes)
+
+
 def _sizes(module: nn.Module) -> tuple[int, int, bool] | None:
     """Inputs, outputs and whether the weight lies transposed; None of a module that is not linear."""
     if isinstance(module, nn.Linear):
@@ -94,7 +100,7 @@ def _sizes(module: nn.Module) -> tuple[int, int, bool] | None:
 class Factors:
     """
     K-FAC's factors of one layer, summed over positions: `inputs` = sum a a^T `(in, in)`, `outputs` = sum g g^T
-    `(out, out)`, and `count`, the positions. Positions whose output gradient is exactly zero are left out: they are
+    `(out, out)`, and `count`, the positions. Positions without an output gradient are left out: they are
     padding, or no loss reaches them. (A row's first token attends to itself alone: its query's gradient is zero but
     for rounding, and whether it counts in that layer depends on the rounding.)
 

@@ -55,6 +55,7 @@ class SummingEngine(Engine):
         optimizer: torch.optim.Optimizer,
         inside: Callable[[Soul], AbstractContextManager],
         max_grad_norm: float = 0.0,
+        model: torch.nn.Module | None = None,
     ) -> bool:
         """Adds gradients up over processes and sends them into the optimizer, if they are to go there."""
         if not self.folds:

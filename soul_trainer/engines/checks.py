@@ -65,6 +65,14 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             f"`optimizers` is a {type(trainer.optimizer).__name__}, but `optim` names Sophia: leave one out."
         )
+    if args.optim in SOUL_NAMES and trainer.optimizer is not None:
+        wanted = args.resolved()
+        for name in ("rule", "two_directions"):
+            if trainer.optimizer.defaults[name] != getattr(wanted, name):
+                raise ValueError(
+                    f"`optimizers` has `{name}`={trainer.optimizer.defaults[name]!r}, and the settings say "
+                    f"{getattr(wanted, name)!r}: set `{name}` to what the optimizer has."
+                )
     if trainer.model_init is not None and trainer.optimizer is not None:
         raise ValueError(
             "`optimizers` steps one model, and `model_init` makes another for each training: leave one out."

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .checks import check_refresh, check_settings
 from .partition import Partition, local
 from .rules import RULES, Bucket, MatrixCurvature, Rule
+from .states import accumulate, gradients_of, new_state
 from .updates import Updates
 
 
@@ -49,6 +50,9 @@ class Soul(Optimizer):
             Whether the forget gradient has a momentum of its own, for which [`Soul.forget_gradient`] is to be used in
             each step.
         damping (`float`, *optional*, defaults to 0.1): Added to the Hessian, as a share of its mean, > 0.
+        damping_scope (`str`, *optional*):
+            Whose mean that is: by default each `"tensor"`'s and, in a trust region, the `"model"`'s, or a tensor that
+            no row reached would take the whole step.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay, >= 0.
         rho (`float`, *optional*, defaults to 0.04): Of the rule `sophia`, its curvature scale, > 0.
         eps (`float`, *optional*, defaults to 1e-15): Of the rule `sophia`, added to the denominator, > 0.
@@ -59,7 +63,7 @@ class Soul(Optimizer):
         hessian_interval (`int`, *optional*):
             If set, every `hessian_interval`-th `step()` first folds its own squared gradient into `h` with scale 1.
         state_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Of momenta and Hessian: `torch.float32`, at least the parameter's, or `torch.bfloat16`, half the memory.
+            Of the momenta: `torch.float32`, at least the parameter's, or `torch.bfloat16`, half the memory.
 
     Attributes:
         partition ([`~partition.Partition`]): Whose tensors the parameters hold; an engine may replace it.
@@ -115,13 +119,23 @@ class Soul(Optimizer):
 
     def _begin(self) -> None:
         self.partition = Partition()
-        self.matrices: Mapping[str, MatrixCurvature] = {}
+        self._matrices: Mapping[str, MatrixCurvature] = {}
         self._inside: Callable[[], None] | None = None
         self._updates = Updates()
         # The groups of the last step's parameters, by parameter, because ZeRO-3 empties the groups between its steps.
         self._stepped: dict[Tensor, dict] = {}
         # Those that ever had a gradient here.
         self._reached: set[Tensor] = set()
+
+    @property
+    def matrices(self) -> Mapping[str, MatrixCurvature]:
+        """The curvature of matrices, by name of the tensor."""
+        return self._matrices
+
+    @matrices.setter
+    def matrices(self, matrices: Mapping[str, MatrixCurvature]) -> None:
+        self._matrices = matrices
+        self._updates.forget()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -243,7 +257,7 @@ class Soul(Optimizer):
             raise ValueError(f"`rule`={self.defaults['rule']!r} keeps no Hessian: there is nothing to set.")
         for param in self.partition.params(self.param_groups):
             if not self.state[param]:
-                self.state[param] = self._new_state(self.param_groups[0], param)
+                self.state[param] = new_state(self.param_groups[0], param)
             hessian = local(self.state[param]["hessian"])
             for section in self.partition.sections(param):
                 found = diagonals.get(section.name)
@@ -325,7 +339,7 @@ class Soul(Optimizer):
                 if param.grad is None and not is_sharded and not self.state.get(param):
                     continue
                 if not self.state[param]:
-                    self.state[param] = self._new_state(group, param)
+                    self.state[param] = new_state(group, param)
                 if param.grad is not None:
                     self._reached.add(param)
                 # In two directions, a half that does not reach a parameter has a gradient of zero there.
@@ -344,57 +358,21 @@ class Soul(Optimizer):
         for params in kinds.values():
             yield self._bucket(self._stepped[params[0]], params)
 
-    def _new_state(self, group: dict, param: Tensor) -> dict[str, Tensor]:
-        def zeros() -> Tensor:
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            if group["state_dtype"] == "bfloat16":
-                dtype = torch.bfloat16
-            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-
-        state = {"step": torch.tensor(0.0), "exp_avg": zeros()}
-        if group["two_directions"]:
-            state["exp_avg_forget"] = zeros()
-        if self._rule(group).has_hessian:
-            # The sum of the weights in the average `hessian`: what its start-up bias is corrected by. Float64, because
-            # 1 - 0.95 is not a float32.
-            state |= {"hessian": zeros(), "hessian_weight": torch.tensor(0.0, dtype=torch.float64)}
-        return state
-
     def _average(self, bucket: Bucket, momentum: str) -> None:
         # m <- beta1 m + (1 - beta1) g
         beta1 = bucket.group["betas"][0]
         averages = [state[momentum] for state in bucket.states]
-        added = torch._foreach_mul(_gradients(bucket), 1 - beta1)
-        _accumulate(averages, beta1, added)
+        added = torch._foreach_mul(gradients_of(bucket), 1 - beta1)
+        accumulate(averages, beta1, added)
 
     def _fold(self, bucket: Bucket, scale: float, decay: float, square: bool) -> None:
         if not self._rule(bucket.group).has_hessian:
             raise ValueError(f"`rule`={bucket.group['rule']!r} keeps no Hessian: there is nothing to refresh.")
-        gradients = _gradients(bucket)
+        gradients = gradients_of(bucket)
         estimates = torch._foreach_mul(gradients, gradients) if square else gradients
         # h <- decay h + (1 - decay) scale estimate
         added = torch._foreach_mul(estimates, scale * (1 - decay))
-        _accumulate([state["hessian"] for state in bucket.states], decay, added)
+        accumulate([state["hessian"] for state in bucket.states], decay, added)
         for state in bucket.states:
             state["hessian_weight"].mul_(decay).add_(1 - decay)
         self._updates.forget()
-
-
-def _gradients(bucket: Bucket) -> list[Tensor]:
-    gradients = []
-    for param in bucket.params:
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        here = local(param)
-        gradients.append(torch.zeros_like(here, dtype=dtype) if param.grad is None else local(param.grad).to(dtype))
-    return torch._foreach_neg(gradients) if bucket.group["maximize"] else gradients
-
-
-def _accumulate(averages: list[Tensor], decay: float, added: list[Tensor]) -> None:
-    """`average <- decay average + added`; an average of 16 bits is rounded once."""
-    if averages[0].dtype == added[0].dtype:
-        torch._foreach_mul_(averages, decay)
-        torch._foreach_add_(averages, added)
-        return
-    wide = torch._foreach_mul([average.to(added[0].dtype) for average in averages], decay)
-    torch._foreach_add_(wide, added)
-    torch._foreach_copy_(averages, wide)
