@@ -1,7 +1,7 @@
 """
 Compares solvers of influence unlearning on the embedded corpus, each at the strength that forgets equally much.
 
-    python recipes/influence.py --models outputs/sweep/seed-0    # where `benchmark.py sweep` has trained the target
+    python recipes/influence.py --models outputs/influence       # where the target is, or will be trained
 """
 
 import argparse
@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import torch
-from benchmark import SPLITS, probability
 from datasets import Dataset
 from fictitious_authors import make_corpus
 from small_llama import SmallModelArguments
 from small_models import small_models
+from study_runs import SPLITS, probability
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 

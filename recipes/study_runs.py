@@ -51,7 +51,7 @@ def probabilities(task: Task, model, tokenizer, splits=SPLITS) -> dict[str, floa
     """The mean probability of the true answers of each split, and nats a token of general text."""
     was_training = model.training
     model.eval()
-    found = {split: _probability(model, tokenizer, task.asked(split)) for split in splits}
+    found = {split: probability(model, tokenizer, task.asked(split)) for split in splits}
     found["general"] = None
     if task.general:
         examples = [render({"text": text}, tokenizer) for text in task.general]
@@ -61,7 +61,8 @@ def probabilities(task: Task, model, tokenizer, splits=SPLITS) -> dict[str, floa
     return found
 
 
-def _probability(model, tokenizer, rows: list[dict]) -> float:
+def probability(model, tokenizer, rows: list[dict]) -> float:
+    """The mean probability of the true answers, by the geometric mean of their tokens."""
     examples = [render(row, tokenizer) for row in rows]
     losses = torch.tensor(answer_losses(model, tokenizer, examples, progress=False))
     return round(float((-losses).exp().mean()), 5)
@@ -138,9 +139,9 @@ def _attacked(task: Task, model, tokenizer, curve: Curve, seed: int) -> dict:
     model.load_state_dict(curve.snapshot)
     half = len(task.rows["forget"]) // 2
     learnt, others = task.rows["forget"][:half], task.rows["forget"][half:]
-    before = _probability(model.eval(), tokenizer, others)
+    before = probability(model.eval(), tokenizer, others)
     rate = 3e-4 * REFERENCE_WIDTH / model.config.hidden_size
     arguments = RelearningArguments(relearn_rows=half, relearn_learning_rate=rate, relearn_seed=seed, **RELEARNING)
     with relearned_weights(model, tokenizer, learnt, arguments):
-        after = _probability(model.eval(), tokenizer, others)
+        after = probability(model.eval(), tokenizer, others)
     return {"rounded": rounded, "relearned": {"before": before, "after": after}}
