@@ -46,8 +46,8 @@ class SoulArguments:
     rule: str | None = setting(
         None,
         "How curvature shapes a step: diagonal, kronecker or none (two directions, of the forget and of the retain "
-        "gradient), or sophia, the published rule. By default kronecker, for models over 1e9 weights and sharded ones "
-        "diagonal; where optim or rho says so, sophia.",
+        "gradient), or sophia, the published rule. By default kronecker for small models, up to some 20 million "
+        "weights, and diagonal for others; where optim or rho says so, sophia.",
     )
     two_directions: bool | None = setting(
         None,
