@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from study_families import FAMILIES, LEVELS, OBJECTIVES, key, search_plan
+from study_families import FAMILIES, OBJECTIVES, key, levels_of, search_plan
 from study_report import write_study
 from study_runs import measure
 from study_tasks import TASKS, make_task
@@ -43,7 +43,9 @@ def done(folder: Path) -> dict[str, dict]:
     return lines
 
 
-def final_plan(folder: Path, task: str, families: list[str], objectives: list[str], levels: list[float]) -> list[dict]:
+def final_plan(
+    folder: Path, task: str, families: list[str], objectives: list[str], levels: list[float] | None = None
+) -> list[dict]:
     """The settings that the search chose for each depth, on every other seed; and defaults, which need no search."""
     runs = [parse_run(json.dumps(line)) for line in done(folder).values()]
     plan = []
@@ -55,7 +57,8 @@ def final_plan(folder: Path, task: str, families: list[str], objectives: list[st
                     for run in runs
                     if (run.task, run.family, run.objective, run.stage) == (task, name, objective, "search")
                 ]
-                settings = [best_setting(found, level) for level in levels] if FAMILIES[name].varied else [{}]
+                depths = levels or levels_of(objective)
+                settings = [best_setting(found, level) for level in depths] if FAMILIES[name].varied else [{}]
                 unique = {json.dumps(setting, sort_keys=True): setting for setting in settings}
                 shared = {"task": task, "family": name, "objective": objective}
                 plan += [{**shared, "setting": each, "seed": seed, "stage": "final"} for each in unique.values()]
@@ -99,15 +102,14 @@ def main() -> None:
     shard = f"{os.environ.pop('RANK', 0)}/{os.environ.pop('WORLD_SIZE', 1)}"
     os.environ.pop("LOCAL_RANK", None)
     parser.add_argument("--shard", default=shard, help="Without a launcher: this process's part, index/number.")
-    levels = [float(level) for level in LEVELS]
-    parser.add_argument("--levels", type=float, nargs="+", default=levels, help="Depths that choose a setting.")
+    parser.add_argument("--levels", type=float, nargs="+", help="Depths that choose a setting, by default all.")
     for name, known in (("tasks", TASKS), ("families", FAMILIES), ("objectives", OBJECTIVES)):
         default = ",".join(known) if name != "tasks" else "embedded-0.3M"
         parser.add_argument(f"--{name}", default=default, help=f"Of {', '.join(known)}.")
     parser.add_argument("--report", type=Path, help="Makes tables and pictures of the rows in a folder, and no runs.")
     args = parser.parse_args()
     if args.report:
-        return write_study(args.report, args.levels)
+        return write_study(args.report)
     torch.set_num_threads(1)
     tasks, families, objectives = (getattr(args, name).split(",") for name in ("tasks", "families", "objectives"))
     for task in tasks:

@@ -17,6 +17,8 @@ OBJECTIVES = {
     "rmu": {"forget_loss": "rmu", "retain_loss": "activations", "trainable_parameters": ".*"},
 }
 LEVELS = (0.3, 0.2, 0.1)
+# A refusal takes the place of an answer long before the answer itself is improbable.
+LEVELS_OF = {"refusal": (0.9, 0.8, 0.7)}
 # Learning rates are those of width 96; wider models get as much less.
 REFERENCE_WIDTH = 96
 _WEIGHTS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
@@ -124,6 +126,11 @@ FAMILIES = {
         lambda params, setting: Lion(params, setting["learning_rate"]),
     ),
 }
+
+
+def levels_of(objective: str) -> tuple[float, ...]:
+    """The forget probabilities at which an objective is compared."""
+    return LEVELS_OF.get(objective, LEVELS)
 
 
 def key(run: dict) -> str:

@@ -92,7 +92,7 @@ def test_a_command_without_tofu_has_settings_for_the_small_model(models_and_rows
     experiment = Experiment("tofu", tofu.CONFIGS, tofu.TofuArguments, SmallModelArguments, command_line=arguments)
     assert experiment.arguments[1].num_hidden_layers == AutoConfig.from_pretrained(model).num_hidden_layers
     rows = Dataset.from_list([{"question": "Who is Ada?", "answer": "A poet.", "alternate": "A cook."}] * 2)
-    task = UnlearningTask("tofu", "", model, rows, rows, [])
+    task = UnlearningTask("tofu", "", model, rows, rows, [], gold=model)
     experiment.make_trainer(task, experiment.settings(optimizer))
 
 
