@@ -19,8 +19,7 @@ OBJECTIVES = {
 LEVELS = (0.3, 0.2, 0.1)
 # A refusal takes the place of an answer long before the answer itself is improbable.
 LEVELS_OF = {"refusal": (0.9, 0.8, 0.7)}
-# Learning rates are those of width 96; wider models get as much less.
-REFERENCE_WIDTH = 96
+REFERENCE_WIDTH = 96  # of the learning rates; wider models get as much less
 _WEIGHTS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 _ONCE = {"hessian_interval": 0, "hessian_estimator": "empirical_fisher", "hessian_label_smoothing": 0.1}
 _RELEASED = {
@@ -69,7 +68,6 @@ def _forget_only(rule: str) -> Family:
     rates = (2.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3, 7e-3)
     varied = {"learning_rate": rates, "damping": (0.03, 0.1, 0.3)}
     if rule == "none":
-        # A step of the gradient's direction, of this length over all weights.
         varied = {"learning_rate": tuple(round(0.003 * 1.4**place, 6) for place in range(12)), "beta1": (0.0, 0.9)}
     names = {"none": "no curvature", "diagonal": "diagonal", "kronecker": "Kronecker"}
     fixed = {"optim": "soul", "rule": rule, "retain_loss": "curvature"}

@@ -21,7 +21,7 @@ import torch
 from scenes import scene_model, scene_trainer
 from transformers import TrainerCallback, TrainerState, modeling_utils
 
-from soul_trainer import Sophia
+from soul_trainer import Soul
 
 
 SETTINGS = {
@@ -75,11 +75,11 @@ def die_at(place: str, time_: int) -> None:
 
         setattr(owner, name, call)
 
-    def fold(whole, sophia, group, params, *args, **kwargs):
+    def fold(whole, soul, bucket, *args, **kwargs):
         if is_due():
-            whole(sophia, group, params[: len(params) // 2], *args, **kwargs)
+            whole(soul, soul._bucket(bucket.group, bucket.params[: len(bucket.params) // 2]), *args, **kwargs)
             die()
-        return whole(sophia, group, params, *args, **kwargs)
+        return whole(soul, bucket, *args, **kwargs)
 
     def save(whole, value, path, *args, **kwargs):
         if is_due(str(path).endswith(place)):
@@ -108,7 +108,7 @@ def die_at(place: str, time_: int) -> None:
         return whole(folder, *args, **kwargs)
 
     if place == "refresh":
-        replace(Sophia, "_fold", fold)
+        replace(Soul, "_fold", fold)
     elif place == "model.safetensors":
         replace(modeling_utils, "safe_save_file", save_weights)
     elif place == "trainer_state.json":

@@ -143,7 +143,7 @@ def test_every_command_of_the_tasks_table_runs(stand_ins, command, tmp_path, mon
 
 def test_each_task_has_a_command_in_every_column_that_it_can_have():
     """Would catch a table that has lost a task or a column to an edit."""
-    assert TRAINING_FREE.count("`python") == 4
+    assert TRAINING_FREE.count("`python") == 5
     rows = [line for line in TABLE.splitlines() if line.startswith("| ")][1:]
     recipes = [re.search(r"recipes/(\w+)\.py", row)[1] for row in rows]
     assert recipes == ["tofu", "muse", "wmdp", "copyright", "detox", "unlearn", "finetune"]

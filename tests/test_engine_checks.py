@@ -151,7 +151,7 @@ def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_w
 def test_a_plain_trainer_is_checked_at_construction(tmp_path):
     """Would catch a mistyped setting that shows after the model is loaded and the data is tokenized, or never."""
     args = TrainingArguments(str(tmp_path), optim="soul", optim_args="rhoo=1", use_cpu=True)
-    with pytest.raises(ValueError, match="Unknown key 'rhoo' in `optim_args`; Sophia knows rho, beta1"):
+    with pytest.raises(ValueError, match="Unknown key 'rhoo' in `optim_args`; SOUL knows rule, two_directions"):
         Trainer(scene_model(), args)
     args = TrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="rhoo=1", use_cpu=True)
     Trainer(scene_model(), args)

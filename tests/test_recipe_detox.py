@@ -173,7 +173,7 @@ def test_from_corpus_to_report(classifiers, tmp_path):
 def test_souls_settings_are_those_that_it_published(name, optim, epochs, learning_rate, weight):
     """Catches a change of any number that a run would take for the paper's."""
     content = yaml.safe_load((RECIPES / "configs" / "detox" / f"{name}.yaml").read_text(encoding="utf-8"))
-    sophia = {"beta1": 0.9, "beta2": 0.95, "rho": 0.04} if optim == "soul" else {}
+    sophia = {"rule": "sophia", "beta1": 0.9, "beta2": 0.95, "rho": 0.04} if optim == "soul" else {}
     llama = "[INST] {question} [/INST] {answer}"
     assert content == sophia | {
         "optim": optim,

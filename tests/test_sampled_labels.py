@@ -7,9 +7,9 @@ import pytest
 import torch
 from toys import VOCABULARY, answers_of, toy_batch, toy_batches, toy_rows
 
-from soul_trainer import curvature
 from soul_trainer.batch import IGNORE_INDEX
-from soul_trainer.curvature import answer_uniforms, sample_labels
+from soul_trainer.curvature import labels
+from soul_trainer.curvature.labels import answer_uniforms, sample_labels
 from soul_trainer.log_probs import shift_labels
 
 
@@ -22,7 +22,7 @@ def draw_labels(logits, uniforms):
 @pytest.mark.parametrize("chunk_tokens", [997, 1024])
 def test_sampled_labels_follow_the_softmax(monkeypatch, chunk_tokens):
     """Catches a distribution that is shifted by one label, sharpened, or cut at the border of a chunk."""
-    monkeypatch.setattr(curvature, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(labels, "CHUNK_TOKENS", chunk_tokens)
     logits = torch.tensor([0.3, -2.0, 1.5, -math.inf, 0.0, 2.5, -1.0])
     num_draws = 20_000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(num_draws, dtype=np.float32))
