@@ -83,8 +83,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     @property
     def default_rule(self) -> str:
         """
-        The rule where none is named: the best by the evidence of docs/study.md, or the published one, where its name
-        or one of its settings is.
+        The rule where none is named: by the evidence of docs/study.md or, where its name or one of its settings is,
+        the published one. [`UnlearnConfig.fill_rule`] may find that it does not fit the model.
         """
         names_sophia = self.optim == "sophia" or self.rho is not None or self.eps is not None
         if names_sophia or self.hessian_data == "training":

@@ -59,8 +59,9 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
     def fill_settings(self) -> None:
         """Gives the settings that are open the values that fit the model and its engine."""
         self.open_settings |= {name for name in ("rule", "learning_rate") if getattr(self.args, name) is None}
-        layers = linear_layers(self.model)
-        self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards)
+        if self.args.rule is None:
+            layers = linear_layers(self.model)
+            self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards)
         self.args.fill_learning_rate(getattr(self.model.config.get_text_config(), "hidden_size", None))
 
     def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:

@@ -4,29 +4,9 @@ import math
 import random
 
 import pytest
-from study_scenes import TARGET, curve_of, level_runs, run_of
+from study_scenes import curve_of, level_runs, run_of
 
 from soul_eval.study.summary import Kept, difference, summarise, verdicts
-
-
-LINE = {
-    "task": "toy",
-    "family": "adamw",
-    "objective": "npo",
-    "setting": {"learning_rate": 8e-4, "retain_weight": 2},
-    "seed": 0,
-    "stage": "final",
-    "target": TARGET,
-    "gold": None,
-    "curve": curve_of((1.0, 0.8), (0.1, 0.6)),
-    "forget_quality": 0.01,
-    "seconds_per_step": 0.08,
-    "state_bytes": 123,
-    "relearned": {"before": 0.2, "after": 0.6},
-    "rounded": {"forget": 0.2, "held_out": 0.5},
-    "depth": 0.21,
-    "failed": None,
-}
 
 
 def study_runs():

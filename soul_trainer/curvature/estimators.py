@@ -96,7 +96,7 @@ def estimate_hessian(
                 is_last = index == len(batches) - 1
                 with engine.accumulate(model, is_last):
                     with engine.autocast():
-                        logits = _logits(model, batch)
+                        logits = logits_of(model, batch)
                     losses = ESTIMATORS[estimator](logits, batch, answer_uniforms(batch, seed, draw), label_smoothing)
                     bad_rows += _rows_not_finite(losses, batch)
                     engine.backward(losses.sum() / num_tokens, is_last)
@@ -108,7 +108,8 @@ def estimate_hessian(
         return engine.fold(optimizer, lambda soul: soul.hessian_refresh(scale, decay, square=not is_direct))
 
 
-def _logits(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
+def logits_of(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
+    """What the model gives to every token after each position, `(rows, tokens, vocabulary)`."""
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
 
@@ -130,7 +131,7 @@ def _hutchinson_gradients(
         # The fused attention kernels have no second derivative; gradient checkpointing runs them again.
         with sdpa_kernel(SDPBackend.MATH):
             with engine.autocast():
-                logits = _logits(model, batch)
+                logits = logits_of(model, batch)
             targets = shift_labels(batch["labels"])
             scores = logits.transpose(1, 2).float()
             losses = cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..batch import IGNORE_INDEX, ForgetRetainBatch
 from ..log_probs import shift_labels, token_log_probs
 from ..optim import Sophia
-from .estimators import estimate_hessian
+from .estimators import estimate_hessian, logits_of
 from .file import Curvature
 from .layers import LayerStatistics, linear_layers
 from .measure import measure_matrices
@@ -159,7 +159,7 @@ def gauss_newton_product(
     num_tokens, products = count_tokens(batches), wide_zeros(parameters)
     for batch in batches:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
-            scores = _logits(model, batch)[shift_labels(batch["labels"]) != IGNORE_INDEX]
+            scores = logits_of(model, batch)[shift_labels(batch["labels"]) != IGNORE_INDEX]
             weights = torch.zeros_like(scores, requires_grad=True)
             pulled = torch.autograd.grad(scores, parameters, weights, create_graph=True, materialize_grads=True)
             slope = sum((gradient * vector).sum() for gradient, vector in zip(pulled, vectors))
@@ -236,12 +236,8 @@ def dot(first: list[Tensor], second: list[Tensor]) -> float:
     return float(sum((left * right).sum(dtype=torch.float64) for left, right in zip(first, second)))
 
 
-def _logits(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-
-
 def _row_losses(model: torch.nn.Module, batch: ForgetRetainBatch) -> Tensor:
-    losses = -token_log_probs(_logits(model, batch), shift_labels(batch["labels"])).sum(1)
+    losses = -token_log_probs(logits_of(model, batch), shift_labels(batch["labels"])).sum(1)
     if bad_rows := batch["row"][~losses.isfinite()].tolist():
         raise FloatingPointError(f"The loss is not finite at the rows {bad_rows}.")
     return losses

@@ -8,7 +8,8 @@ gradient irrelevant, so that a forget and a retain half can be added.
 | `tensor` | clip(0.3 d / rms(d), -1, 1), rms over each tensor | a weight |
 | `trust_region` | d / sqrt(sum of d (H + damping) d over all tensors) | the square root of nats a token |
 
-In a trust region every step is predicted to cost the same: lr^2 / 2 nats a token of the loss whose curvature H is.
+In a trust region no step is predicted to cost more than lr^2 / 2 nats a token of the loss whose curvature H is. Where
+there is no curvature, as in a fresh adapter's first matrices, the damping alone holds a step back.
 """
 
 import torch
