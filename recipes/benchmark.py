@@ -9,10 +9,10 @@ Measures what a run costs.
 import argparse
 from pathlib import Path
 
-import memory_benchmark
-import step_benchmark
-from evaluation_speed import compare
 from transformers.utils import logging
+
+from soul_recipes import memory_benchmark, step_benchmark
+from soul_recipes.evaluation_speed import compare
 
 
 if __name__ == "__main__":

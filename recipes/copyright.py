@@ -16,17 +16,17 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from hub_layout import json_lines
-from learnt_rows import ChunkArguments, first_texts
-from refusals import RefusingExperiment
-from small_llama import SmallModelArguments
-from small_models import small_models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import copyright as suite
 from soul_eval.suites.sources import load_texts
+from soul_recipes.hub_layout import json_lines
+from soul_recipes.learnt_rows import ChunkArguments, first_texts
+from soul_recipes.refusals import RefusingExperiment
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.objectives import FORGET_LOSSES
 from soul_trainer.records import write_whole

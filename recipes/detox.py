@@ -17,19 +17,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from hub_layout import json_lines
-from learnt_rows import first_texts
-from refusals import RefusingExperiment
-from rude_townsfolk import make_corpus, write_corpus
-from small_classifier import train_classifier
-from small_llama import SmallModelArguments
-from small_models import small_models
 
 from soul_eval.classification import TOXICITY_MODEL
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import detox as suite
 from soul_eval.suites.sources import load_split
+from soul_recipes.hub_layout import json_lines
+from soul_recipes.learnt_rows import first_texts
+from soul_recipes.refusals import RefusingExperiment
+from soul_recipes.rude_townsfolk import make_corpus, write_corpus
+from soul_recipes.small_classifier import train_classifier
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
 from soul_trainer.records import write_whole
 
 

@@ -17,10 +17,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from fictitious_authors import make_corpus
-from hub_layout import write_hub_layout
-from small_llama import SmallModelArguments
-from small_models import small_models
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from soul_eval.metrics.rouge_overlap.formula import rouge_scores
@@ -28,6 +24,10 @@ from soul_eval.models import load_model
 from soul_eval.scoring import longest_input
 from soul_eval.statistics import values
 from soul_eval.suites import tofu
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.hub_layout import write_hub_layout
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.formats import encode, render
 

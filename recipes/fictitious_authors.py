@@ -13,8 +13,8 @@ import json
 import random
 from pathlib import Path
 
-from hub_layout import Corpus, write_hub_layout
-from word_banks import choose, draw_facts, fill
+from soul_recipes.hub_layout import Corpus, write_hub_layout
+from soul_recipes.word_banks import choose, draw_facts, fill
 
 
 BANKS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))

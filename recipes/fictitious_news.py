@@ -13,8 +13,8 @@ import json
 import random
 from pathlib import Path
 
-from hub_layout import dataset_files, write_files
-from word_banks import choose, draw_facts, fill
+from soul_recipes.hub_layout import dataset_files, write_files
+from soul_recipes.word_banks import choose, draw_facts, fill
 
 
 BANKS, AUTHORS = (

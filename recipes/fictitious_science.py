@@ -13,10 +13,9 @@ import json
 import random
 from pathlib import Path
 
-from hub_layout import dataset_files, write_files
-from word_banks import choose, draw_facts, fill
-
 from soul_eval.suites.wmdp import LETTERS, TOPICS, question_prompt
+from soul_recipes.hub_layout import dataset_files, write_files
+from soul_recipes.word_banks import choose, draw_facts, fill
 
 
 BANKS, AUTHORS = (

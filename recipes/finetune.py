@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from learnt_rows import ChunkArguments, load_learnt, tokenized, without
-from small_llama import SmallModelArguments
-from small_models import small_training, train_small_model
-from training import train_once
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from soul_eval.adapters import LoraArguments
 from soul_eval.models import weight_files
 from soul_eval.settings_files import SettingsParser
+from soul_recipes.learnt_rows import ChunkArguments, load_learnt, tokenized, without
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_training, train_small_model
+from soul_recipes.training import train_once
 from soul_trainer.formats import longest_row
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from fictitious_authors import make_corpus
-from small_llama import SmallModelArguments
-from small_models import small_models
-from study_runs import SPLITS, probability
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
+from soul_recipes.study_runs import SPLITS, probability
 from soul_trainer.collator import UnlearnCollator
 from soul_trainer.formats import prepare
 from soul_trainer.influence import InfluenceArguments, influence_update

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from fictitious_authors import make_corpus
-from memory_plan import MIB, allocated_peak
-from neutral_tokenizer import train_tokenizer, training_text
 from transformers import (
     HfArgumentParser,
     LlamaConfig,
@@ -28,6 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.memory_plan import MIB, allocated_peak
+from soul_recipes.neutral_tokenizer import train_tokenizer, training_text
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.objectives import FORGET_LOSSES
 

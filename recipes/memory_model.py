@@ -29,8 +29,9 @@ of allocations; 12 bytes a tensor of Sophia's counters; loading and saving.
 
 from dataclasses import dataclass
 
-from memory_activations import AUTOCAST, BFLOAT16, Batch, Shape, peak_bytes
 from transformers import LlamaConfig
+
+from soul_recipes.memory_activations import AUTOCAST, BFLOAT16, Batch, Shape, peak_bytes
 
 
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters, sub_group_size.

@@ -15,11 +15,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from memory_activations import AUTOCAST, BFLOAT16, FLOAT32, Batch, Precision, Shape, peak_bytes, saved_bytes
-from memory_model import ENGINES, LLAMAS, Memory, llama, plan
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
+from soul_recipes.memory_activations import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT32,
+    Batch,
+    Precision,
+    Shape,
+    peak_bytes,
+    saved_bytes,
+)
+from soul_recipes.memory_model import ENGINES, LLAMAS, Memory, llama, plan
 from soul_trainer.log_probs import shift_labels, token_log_probs
 from soul_trainer.optim import Sophia
 

@@ -17,16 +17,16 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from fictitious_news import FOLDS, write_corpus
-from muse_texts import MuseTexts
-from small_llama import SmallModelArguments
-from small_models import small_models
 from transformers import AutoTokenizer
 
 from soul_eval.continual import Request, run_requests
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask, fingerprint
 from soul_eval.report import Run
 from soul_eval.suites import muse
+from soul_recipes.fictitious_news import FOLDS, write_corpus
+from soul_recipes.muse_texts import MuseTexts
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
 from soul_trainer.settings import check_choice
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from hub_layout import json_lines
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from soul_eval.experiment import fingerprint
 from soul_eval.models import load_model
 from soul_eval.suites.sources import kind_of
+from soul_recipes.hub_layout import json_lines
 from soul_trainer import UnlearnConfig
 from soul_trainer.engines import Engine
 from soul_trainer.records import write_whole

@@ -12,8 +12,8 @@ import json
 import random
 from pathlib import Path
 
-from hub_layout import dataset_files, write_files
-from word_banks import draw, draw_facts, fill
+from soul_recipes.hub_layout import dataset_files, write_files
+from soul_recipes.word_banks import draw, draw_facts, fill
 
 
 BANKS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from small_llama import SmallModelArguments
-from tofu import CONFIGS, TofuArguments, load_rows, make_task
 
 from soul_eval.callback import EvalCallback
 from soul_eval.comparison import Comparison
 from soul_eval.experiment import Experiment, UnlearningTask
 from soul_eval.extras import require
 from soul_eval.search import ForgetQualitySubjectToUtility, hp_space
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.tofu import CONFIGS, TofuArguments, load_rows, make_task
 from soul_trainer import UnlearnConfig
 from soul_trainer.records import run_settings, write_whole
 from soul_trainer.soul_settings import SOUL_NAMES

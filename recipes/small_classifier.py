@@ -4,9 +4,7 @@ import random
 from pathlib import Path
 
 from datasets import Dataset
-from neutral_tokenizer import EOS_TOKEN, train_tokenizer
 from tokenizers import processors
-from training import train_once
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,6 +15,8 @@ from transformers import (
 )
 
 from soul_eval.classification import classify
+from soul_recipes.neutral_tokenizer import EOS_TOKEN, train_tokenizer
+from soul_recipes.training import train_once
 from soul_trainer.records import write_whole
 
 

@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
-from learnt_rows import ChunkArguments, tokenized
-from neutral_tokenizer import train_tokenizer, training_text
-from small_llama import SmallModelArguments, new_model
-from training import train_once
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from soul_recipes.learnt_rows import ChunkArguments, tokenized
+from soul_recipes.neutral_tokenizer import train_tokenizer, training_text
+from soul_recipes.small_llama import SmallModelArguments, new_model
+from soul_recipes.training import train_once
 from soul_trainer.formats import prepare
 
 

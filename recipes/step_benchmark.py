@@ -8,11 +8,11 @@ import tempfile
 import time
 
 import torch
-from fictitious_authors import make_corpus
-from neutral_tokenizer import train_tokenizer, training_text
-from small_llama import SmallModelArguments, new_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.neutral_tokenizer import train_tokenizer, training_text
+from soul_recipes.small_llama import SmallModelArguments, new_model
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 
 

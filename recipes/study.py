@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from study_families import FAMILIES, OBJECTIVES, key, levels_of, search_plan
-from study_report import write_study
-from study_runs import measure
-from study_tasks import TASKS, make_task
 
 from soul_eval.study.figures import best_setting
 from soul_eval.study.records import parse_run
+from soul_recipes.study_families import FAMILIES, OBJECTIVES, key, levels_of, search_plan
+from soul_recipes.study_report import write_study
+from soul_recipes.study_runs import measure
+from soul_recipes.study_tasks import TASKS, make_task
 
 
 # Of no final run. Those of TOFU take other authors each, of which there are not so many.

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from study_optimizers import FilteredAdam, Lion, SplitAdam
+
+from soul_recipes.study_optimizers import FilteredAdam, Lion, SplitAdam
 
 
 OBJECTIVES = {

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from study_families import FAMILIES, OBJECTIVES, levels_of
-
 from soul_eval.study.drawing import draw_curves
 from soul_eval.study.figures import best_setting
 from soul_eval.study.records import Run, read_runs
 from soul_eval.study.summary import summarise
 from soul_eval.study.tables import detail_table, difference_table, kept_table
+from soul_recipes.study_families import FAMILIES, OBJECTIVES, levels_of
 
 
 REFERENCE = "adamw"

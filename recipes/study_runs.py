@@ -6,14 +6,14 @@ import tempfile
 import time
 
 import torch
-from study_families import FAMILIES, OBJECTIVES, REFERENCE_WIDTH
-from study_tasks import Task
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from soul_eval.attacks.quantization import rounded_weights
 from soul_eval.attacks.relearning import RelearningArguments, relearned_weights
 from soul_eval.scoring import answer_losses
+from soul_recipes.study_families import FAMILIES, OBJECTIVES, REFERENCE_WIDTH
+from soul_recipes.study_tasks import Task
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.formats import render
 

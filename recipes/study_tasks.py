@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from fictitious_authors import make_corpus
 from filelock import FileLock
-from small_llama import SmallModelArguments
-from small_models import small_models
+
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
 
 
 LEARNT = ("forget", "retain", "held_out")
@@ -77,7 +78,7 @@ def tofu(name: str, seed: int, folder: Path, dataset: Path) -> Task:
 
 def smollm2(name: str, seed: int, folder: Path, dataset: Path) -> Task:
     """SmolLM2-135M-Instruct that has learnt 52 rows of TOFU; `real_model.py` says which."""
-    from real_model import general_text, request_rows
+    from soul_recipes.real_model import general_text, request_rows
 
     models = folder / name / f"seed-{seed}"
     settings = {"per_device_train_batch_size": 4, "max_steps": 24}

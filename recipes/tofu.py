@@ -14,13 +14,12 @@ Without `--model`, a small target and a gold standard are trained from scratch; 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from small_llama import SmallModelArguments
-from small_models import small_models
-from tofu_rows import OWN_SPLITS, TofuRows, paired_splits, write_own_corpus
-
 from soul_eval.continual import run_requests
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.suites import tofu
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
+from soul_recipes.tofu_rows import OWN_SPLITS, TofuRows, paired_splits, write_own_corpus
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, get_dataset_config_names
-from fictitious_authors import make_corpus
-from hub_layout import write_hub_layout
 
 from soul_eval.continual import Request
 from soul_eval.suites import tofu
 from soul_eval.suites.sources import load_split
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.hub_layout import write_hub_layout
 
 
 # Of each author, one after the other, in TOFU and in the corpus of our own.

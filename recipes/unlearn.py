@@ -17,18 +17,18 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from fictitious_authors import make_corpus
-from hub_layout import json_lines
-from learnt_rows import ChunkArguments, tokenized
-from own_rows import SampledRetainArguments, sampled_retain, without_shared
-from small_llama import SmallModelArguments
-from small_models import small_models
 from transformers import AutoTokenizer
 
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import own
 from soul_eval.suites.sources import kind_of
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.hub_layout import json_lines
+from soul_recipes.learnt_rows import ChunkArguments, tokenized
+from soul_recipes.own_rows import SampledRetainArguments, sampled_retain, without_shared
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
 from soul_trainer.records import write_whole
 
 

@@ -17,11 +17,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from fictitious_science import CORPORA as OWN
-from fictitious_science import SUBJECTS, WMDP, write_corpora
-from small_llama import SmallModelArguments
-from small_models import small_models
-from wmdp_corpora import CORPORA, in_turns, load_corpus
 
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.general import check_tasks, general_ability
@@ -29,6 +24,11 @@ from soul_eval.models import load_model, load_tokenizer
 from soul_eval.report import Run, table
 from soul_eval.statistics import values
 from soul_eval.suites import wmdp
+from soul_recipes.fictitious_science import CORPORA as OWN
+from soul_recipes.fictitious_science import SUBJECTS, WMDP, write_corpora
+from soul_recipes.small_llama import SmallModelArguments
+from soul_recipes.small_models import small_models
+from soul_recipes.wmdp_corpora import CORPORA, in_turns, load_corpus
 from soul_trainer import UnlearnConfig
 from soul_trainer.records import write_whole
 

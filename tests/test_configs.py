@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from soul_trainer.soul_settings import SOUL_NAMES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CONFIGS = RECIPES / "configs"
-sys.path.insert(0, str(RECIPES))
 # Those of finetune.py are read by its own test: it unlearns nothing.
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "finetune")
 NAMES = [str(path.relative_to(CONFIGS)) for path in FILES]
@@ -65,7 +63,7 @@ def dataclasses_of(path: Path) -> list[type]:
     """The dataclasses whose fields are a file's keys: for a small model also those of the recipe of its task."""
     if path.parent.name != "small":
         return [UnlearnConfig]
-    recipe = importlib.import_module(path.parents[1].name)
+    recipe = importlib.import_module(f"soul_recipes.{path.parents[1].name}")
     found = [each for name, each in vars(recipe).items() if name.endswith("Arguments")]
     own = [each for each in found if not any(issubclass(other, each) and other is not each for other in found)]
     return [*own, UnlearnConfig]

@@ -2,27 +2,24 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from toys import tiny_llama
+from transformers import AutoConfig
+
+from soul_eval.experiment import Experiment, UnlearningTask
+from soul_eval.rows import read_rows
+from soul_recipes import tofu
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.hub_layout import write_hub_layout
+from soul_recipes.neutral_tokenizer import train_tokenizer, training_text
+from soul_recipes.small_llama import SmallModelArguments
+from soul_trainer.objectives import FORGET_LOSSES, RETAIN_LOSSES
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import tofu  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from fictitious_authors import make_corpus  # noqa: E402
-from hub_layout import write_hub_layout  # noqa: E402
-from neutral_tokenizer import train_tokenizer, training_text  # noqa: E402
-from small_llama import SmallModelArguments  # noqa: E402
-from toys import tiny_llama  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
-
-from soul_eval.experiment import Experiment, UnlearningTask  # noqa: E402
-from soul_eval.rows import read_rows  # noqa: E402
-from soul_trainer.objectives import FORGET_LOSSES, RETAIN_LOSSES  # noqa: E402
 
 
 DOCS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -11,22 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from toys import tiny_llama
+
+from soul_eval.__main__ import main as soul_eval
+from soul_recipes import fictitious_news, fictitious_science, rude_townsfolk, small_classifier
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.hub_layout import dataset_files, write_files, write_hub_layout
+from soul_recipes.neutral_tokenizer import train_tokenizer, training_text
+from soul_trainer.influence import main as influence
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import fictitious_news  # noqa: E402
-import fictitious_science  # noqa: E402
-import rude_townsfolk  # noqa: E402
-import small_classifier  # noqa: E402
-from fictitious_authors import make_corpus  # noqa: E402
-from hub_layout import dataset_files, write_files, write_hub_layout  # noqa: E402
-from neutral_tokenizer import train_tokenizer, training_text  # noqa: E402
-from toys import tiny_llama  # noqa: E402
-
-from soul_eval.__main__ import main as soul_eval  # noqa: E402
-from soul_trainer.influence import main as influence  # noqa: E402
 
 
 TABLE, TRAINING_FREE = (
@@ -133,10 +128,10 @@ def test_every_command_of_the_tasks_table_runs(stand_ins, command, tmp_path, mon
         assert (tmp_path / "results" / "summary.json").exists()
     elif script == "recipes/finetune.py":
         arguments[arguments.index("target")] = str(tmp_path / "target")
-        importlib.import_module("finetune").main(arguments)
+        importlib.import_module("soul_recipes.finetune").main(arguments)
         assert list(tmp_path.glob("target-*/model.safetensors"))
     else:
-        importlib.import_module(name).main([*arguments, "--output_dir", str(tmp_path / "out")])
+        importlib.import_module(f"soul_recipes.{name}").main([*arguments, "--output_dir", str(tmp_path / "out")])
         page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
         assert "<table" in page and list((tmp_path / "out").rglob("model.safetensors"))
 

@@ -10,12 +10,11 @@ import pytest
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
+from soul_recipes import fictitious_authors as recipe
+from soul_recipes import neutral_tokenizer
+
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fictitious_authors.py"
-sys.path.insert(0, str(RECIPE.parent))
-
-import fictitious_authors as recipe  # noqa: E402
-import neutral_tokenizer  # noqa: E402
 
 
 INVENTED = ("forget", "retain", "held_out")

@@ -2,19 +2,13 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from muse_data import muse_tokenizer
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import fictitious_news as recipe
-
 from soul_eval.suites import muse
 from soul_eval.suites.sources import load_rows
+from soul_recipes import fictitious_news as recipe
 
 
 # Of MUSE-News on the hub, by configuration.

@@ -1,7 +1,6 @@
 """The recipe that makes target and gold models: rows of any kind, small or pretrained, whole or by adapters."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,12 @@ from datasets import Dataset
 from toys import tiny_llama, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from soul_recipes import finetune, learnt_rows, training
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.collator import UnlearnCollator
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import finetune  # noqa: E402
-import learnt_rows  # noqa: E402
-import training  # noqa: E402
 
 
 STORY = "the keeper lit the lamp and the sea was calm and the mule slept by the door of the old tower"

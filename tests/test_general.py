@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from subprocesses import TWO_PROCESSES, python, succeeded
 from test_eval_scoring import byte_tokenizer, small_llama
@@ -21,9 +23,6 @@ from soul_trainer.formats import encode, render
 
 
 lm_eval = pytest.importorskip("lm_eval", reason="general ability is measured by lm-eval")
-
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
 
 
 # Float32 log-probabilities of other padded widths.

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from rouge_score.rouge_scorer import RougeScorer
 from subprocesses import python, succeeded
 from test_eval_scoring import byte_tokenizer, small_llama
@@ -19,9 +21,6 @@ from soul_trainer.formats import encode, render
 
 
 lm_eval = pytest.importorskip("lm_eval", reason="the tasks are lm-eval's")
-
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
 
 
 REAL_TOFU = Path(__file__).parents[2] / "shared" / "tofu"

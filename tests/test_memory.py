@@ -1,15 +1,9 @@
 """What a forget loss takes in memory beside gradient difference, by counts of every allocation of a whole training."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from memory_benchmark import OPTIMIZERS, MemoryBenchmarkArguments, make_rows, training_peak
 from transformers import LlamaForCausalLM
+
+from soul_recipes.memory_benchmark import OPTIMIZERS, MemoryBenchmarkArguments, make_rows, training_peak
 
 
 ARGUMENTS = MemoryBenchmarkArguments(hidden_size=256, num_hidden_layers=2, vocab_size=1024, batch_size=1)

@@ -3,17 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import memory_plan as recipe
-from memory_activations import AUTOCAST, BFLOAT16, FLOAT32, Batch, Shape, peak_bytes, saved_bytes
-from memory_model import BUCKET, ENGINES, LLAMAS, llama, plan
+from soul_recipes import memory_plan as recipe
+from soul_recipes.memory_activations import AUTOCAST, BFLOAT16, FLOAT32, Batch, Shape, peak_bytes, saved_bytes
+from soul_recipes.memory_model import BUCKET, ENGINES, LLAMAS, llama, plan
 
 
 PUBLISHED = {"Llama-3.2-1B": 1.236e9, "Llama-3.1-8B": 8.030e9, "Llama-3.1-70B": 70.554e9, "Llama-3.1-405B": 405.853e9}

@@ -1,17 +1,15 @@
 """The real model's rows and text; the model itself takes minutes, and is not made here."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from soul_recipes import real_model as recipe
+from soul_recipes import study
+
 
 TOFU = Path(__file__).parents[2] / "shared" / "tofu"
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import real_model as recipe  # noqa: E402
-import study  # noqa: E402
 
 
 needs_tofu = pytest.mark.skipif(not TOFU.exists(), reason="TOFU's files are not in ../shared/tofu")

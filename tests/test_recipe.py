@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from soul_eval.rows import read_rows
+from soul_eval.suites.tofu import NON_MEMBERS
+from soul_recipes import tofu as recipe
+from soul_recipes.fictitious_authors import make_corpus
+from soul_recipes.hub_layout import write_hub_layout
+from soul_recipes.tofu_rows import TofuRows, paired_splits
+
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import tofu as recipe  # noqa: E402
-from fictitious_authors import make_corpus  # noqa: E402
-from hub_layout import write_hub_layout  # noqa: E402
-from tofu_rows import TofuRows, paired_splits  # noqa: E402
-
-from soul_eval.rows import read_rows  # noqa: E402
-from soul_eval.suites.tofu import NON_MEMBERS  # noqa: E402
 
 
 SMALL = ["--authors", "5", "--hidden_size", "32", "--finetune_epochs", "3", "--num_train_epochs", "2"]

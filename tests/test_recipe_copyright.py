@@ -1,6 +1,5 @@
 """The recipe that makes a model forget a text, on a smaller text; its tales and its settings."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,12 @@ from toys import toy_tokenizer
 from transformers import AutoTokenizer
 
 from soul_eval.rows import read_rows
+from soul_recipes import copyright as recipe
+from soul_recipes.refusals import RefusingExperiment
 from soul_trainer.refusals import REFUSALS
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import copyright as recipe  # noqa: E402  # the recipe: Python's own is no module
-from refusals import RefusingExperiment  # noqa: E402
 
 
 LAMP = " ".join(f"the keeper lit lamp {number} and {number} gulls flew over the sea" for number in range(12))

@@ -13,14 +13,11 @@ from datasets import Dataset
 from soul_eval.classification import classify
 from soul_eval.rows import read_rows
 from soul_eval.suites.sources import load_split
+from soul_recipes import detox as recipe
+from soul_recipes import rude_townsfolk, small_classifier
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import detox as recipe  # noqa: E402
-import rude_townsfolk  # noqa: E402
-import small_classifier  # noqa: E402
 
 
 # Columns of PKU-SafeRLHF that the data card names.

@@ -1,19 +1,13 @@
 """The recipe for MUSE, from rows to report, on a few articles."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from muse_data import DATA, muse_tokenizer, write_plain
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import muse as recipe
-from muse_texts import SEPARATOR, MuseTexts
-
 from soul_eval.rows import read_rows
+from soul_recipes import muse as recipe
+from soul_recipes.muse_texts import SEPARATOR, MuseTexts
 from soul_trainer.chunks import text_start
 
 

@@ -1,6 +1,5 @@
 """The recipe that searches for settings: trials, their table, the file of the best, and a search that goes on."""
 
-import sys
 from pathlib import Path
 
 import optuna
@@ -11,12 +10,8 @@ from experiment_scenes import FLAGS, asked
 from scenes import FORGET, RETAIN, scene_config, scene_model, scene_tokenizer
 
 from soul_eval.experiment import Experiment, UnlearningTask
+from soul_recipes import search as recipe
 from soul_trainer import UnlearnTrainer
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import search as recipe
 
 
 def learnt(folder: Path, rows: list[dict]) -> str:

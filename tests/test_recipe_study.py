@@ -12,20 +12,18 @@ import torch
 from scenes import FORGET, RETAIN, scene_model, scene_tokenizer
 from study_scenes import run_of
 
+from soul_eval.study.figures import best_setting
+from soul_eval.study.records import parse_run, read_runs
+from soul_recipes import study
+from soul_recipes.study_families import FAMILIES, LEVELS, OBJECTIVES, key, search_plan
+from soul_recipes.study_optimizers import FilteredAdam, Lion, SplitAdam
+from soul_recipes.study_runs import measure, settings_of
+from soul_recipes.study_tasks import TASKS, Task, tofu_rows
+from soul_trainer.curvature.kronecker import KroneckerCurvature
+
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TOFU = Path(__file__).parents[2] / "shared" / "tofu"
-sys.path.insert(0, str(RECIPES))
-
-import study  # noqa: E402
-from study_families import FAMILIES, LEVELS, OBJECTIVES, key, search_plan  # noqa: E402
-from study_optimizers import FilteredAdam, Lion, SplitAdam  # noqa: E402
-from study_runs import measure, settings_of  # noqa: E402
-from study_tasks import TASKS, Task, tofu_rows  # noqa: E402
-
-from soul_eval.study.figures import best_setting  # noqa: E402
-from soul_eval.study.records import parse_run, read_runs  # noqa: E402
-from soul_trainer.curvature.kronecker import KroneckerCurvature  # noqa: E402
 
 
 SEARCHED = [name for name, family in FAMILIES.items() if family.varied]

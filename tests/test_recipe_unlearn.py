@@ -1,7 +1,6 @@
 """The everyday recipe: own rows in, a model that has forgotten and a report out."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,9 @@ from datasets import Dataset
 from test_sampling import ROWS, learnt_model, text_tokenizer
 
 from soul_eval.rows import read_rows
+from soul_recipes import unlearn
+from soul_recipes.own_rows import SampledRetainArguments, sampled_retain, without_shared
 from soul_trainer import UnlearnConfig
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import unlearn
-from own_rows import SampledRetainArguments, sampled_retain, without_shared
 
 
 FLAGS = ["--use_cpu", "--disable_tqdm", "True", "--bf16", "False", "--num_train_epochs", "2", "--evaluations", "1"]

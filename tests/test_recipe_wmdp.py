@@ -1,25 +1,18 @@
 """The recipe for WMDP: its corpora, the order of topics, and a run from rows to report on a few inventions."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from scenes import TOKENIZER_TEXTS, scene_config, scene_model
 from toys import toy_tokenizer
 
-from soul_trainer import UnlearnTrainer
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import fictitious_science as science
-import wmdp as recipe
-from wmdp_corpora import in_turns, load_corpus
-
 from soul_eval.rows import read_rows
 from soul_eval.suites import wmdp as suite
+from soul_recipes import fictitious_science as science
+from soul_recipes import wmdp as recipe
+from soul_recipes.wmdp_corpora import in_turns, load_corpus
+from soul_trainer import UnlearnTrainer
 
 
 SMALL = "--use_cpu --entries 2 --hidden_size 16 --finetune_epochs 1 --max_steps 2 --evaluations 1 --rho 1"

@@ -2,15 +2,14 @@
 
 import gc
 import math
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from scenes import FORGET, RETAIN, largest_difference, logged, scene_config, scene_model, scene_tokenizer, weights
 from toys import ToyLM, toy_batch, toy_rows
 
+from soul_recipes.reference_error import errors
 from soul_trainer import UnlearnTrainer
 from soul_trainer.divergences import WholeVocabulary, token_cross_entropy, token_distillation, token_kl
 from soul_trainer.log_probs import shift_labels
@@ -18,11 +17,6 @@ from soul_trainer.records import run_settings
 from soul_trainer.reference import forward_halves
 from soul_trainer.reference_rows import top_tokens
 from soul_trainer.weighting import dual_step
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from reference_error import errors
 
 
 # Float32 sums of a few hundred terms in another order.

@@ -1,0 +1,1 @@
+"""Launchable recipes, their settings and their data; installed as `soul_recipes`."""
