@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
-from soul_recipes.study_optimizers import FilteredAdam, Lion, SplitAdam
+from soul_recipes.study_optimizers import FilteredAdam, Lion, MuonWithAdamW, SplitAdam
 
 
 OBJECTIVES = {
@@ -41,22 +42,17 @@ class Family:
         fixed (`dict`): Settings of [`UnlearnConfig`] that stay.
         varied (`dict[str, tuple]`, *optional*): Those that the search chooses, in all combinations; without, defaults.
         optimizer (`Callable`, *optional*):
-            Makes the optimizer, `(params, setting) -> Optimizer`, where no name does.
+            Makes the optimizer, `(model, setting) -> Optimizer`, where no name does.
     """
 
     label: str
     fixed: dict
     varied: dict[str, tuple] = field(default_factory=dict)
-    optimizer: Callable | None = None
+    optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer] | None = None
 
     def settings(self) -> list[dict]:
         """Every combination."""
         return [dict(zip(self.varied, values)) for values in itertools.product(*self.varied.values())]
-
-
-def _muon(params: list, setting: dict) -> torch.optim.Optimizer:
-    matrices = [param for param in params if param.ndim == 2]
-    return torch.optim.Muon(matrices, lr=setting["learning_rate"], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 def _two_directions(rule: str) -> Family:
@@ -94,13 +90,15 @@ FAMILIES = {
         "Adam for each half",
         {"optim": "soul", "rule": "none", "warmup_steps": 20},
         {"learning_rate": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), "retain_weight": (0.5, 1.0, 2.0, 4.0)},
-        lambda params, setting: SplitAdam(params, setting["learning_rate"]),
+        lambda model, setting: SplitAdam(model.parameters(), setting["learning_rate"]),
     ),
     "filter": Family(
         "Kronecker filter, then AdamW",
         {"optim": "soul", "rule": "kronecker", "warmup_steps": 20},
         {"learning_rate": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "retain_weight": (1.0, 5.0, 20.0), "damping": (0.03, 0.1)},
-        lambda params, setting: FilteredAdam(params, setting["learning_rate"], "kronecker", setting["damping"]),
+        lambda model, setting: FilteredAdam(
+            model.parameters(), setting["learning_rate"], "kronecker", setting["damping"]
+        ),
     ),
     "sophia": Family(
         "Sophia, as published",
@@ -113,16 +111,16 @@ FAMILIES = {
         {"learning_rate": (4e-4, 1.2e-3), "rho": (20.48, 204.8, 2048.0), "retain_weight": (1.0, 2.0, 5.0, 10.0)},
     ),
     "muon": Family(
-        "Muon on the sum",
+        "Muon with AdamW on the sum",
         {"optim": "adamw_torch", "warmup_steps": 20},
         {"learning_rate": (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3), "retain_weight": (1.0, 5.0, 10.0, 40.0)},
-        _muon,
+        lambda model, setting: MuonWithAdamW(model, setting["learning_rate"]),
     ),
     "lion": Family(
         "Lion on the sum",
         {"optim": "adamw_torch", "warmup_steps": 20},
         {"learning_rate": (1e-4, 2e-4, 4e-4, 8e-4), "retain_weight": _WEIGHTS},
-        lambda params, setting: Lion(params, setting["learning_rate"]),
+        lambda model, setting: Lion(model.parameters(), setting["learning_rate"]),
     ),
 }
 

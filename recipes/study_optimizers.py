@@ -1,7 +1,7 @@
 """Optimizers of the study that are baselines and nobody's default: they share the trainer's two passes, or its one."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from soul_trainer.optim import Soul
 
@@ -24,6 +24,73 @@ class Lion(torch.optim.Optimizer):
                 momentum = state.setdefault("exp_avg", torch.zeros_like(param))
                 param.add_(torch.lerp(param.grad, momentum, beta1).sign_(), alpha=-group["lr"])
                 momentum.lerp_(param.grad, 1 - beta2)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """
+    Muon for the hidden matrices and AdamW for everything else, as its author prescribes
+    (https://github.com/KellerJordan/Muon): embeddings, output head, norms and biases. It is one optimizer with two
+    `param_groups`, Muon's first, so that a scheduler or a checkpoint treats it like any other.
+
+    Muon's updates are scaled to the root mean square of AdamW's (Liu et al., 2025, arXiv 2502.16982), so that one
+    learning rate serves both groups.
+
+    Args:
+        model (`torch.nn.Module`): Its parameters that train are optimized.
+        lr (`float`): Learning rate of both groups, >= 0.
+        momentum (`float`, *optional*, defaults to 0.95): Muon's, in [0, 1).
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): AdamW's, each in [0, 1).
+        weight_decay (`float`, *optional*, defaults to 0.0): Of both groups, >= 0.
+
+    Raises:
+        ImportError: If torch is older than 2.9, which has no Muon.
+        ValueError: If the model has no hidden matrix or nothing else to train, or a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ):
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"Muon needs torch>=2.9, and torch is {torch.__version__}: upgrade it.")
+        matrices = hidden_matrices(model)
+        is_matrix = set(matrices)
+        others = [param for param in model.parameters() if param.requires_grad and param not in is_matrix]
+        if not matrices or not others:
+            raise ValueError(
+                f"`model` must train hidden matrices and other parameters, but it trains {len(matrices)} and "
+                f"{len(others)}: use torch.optim.Muon or AdamW alone."
+            )
+        options = {"lr": lr, "weight_decay": weight_decay}
+        self.muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **options)
+        self.adamw = torch.optim.AdamW(others, betas=betas, **options)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Takes a step of each optimizer in its group; see [`torch.optim.Optimizer.step`]."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Loading a state replaces the groups and the state of this object, and both optimizers must see the new ones.
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices of a model that train and belong neither to an embedding nor to its output head."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ends = {param for module in [*embeddings, head] if module is not None for param in module.parameters()}
+    return [param for param in model.parameters() if param.requires_grad and param.ndim == 2 and param not in ends]
 
 
 class HalvesOptimizer(Soul):

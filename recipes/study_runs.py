@@ -90,7 +90,7 @@ def measure(run: dict, task: Task) -> dict:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(task.target), AutoTokenizer.from_pretrained(task.target)
     settings = settings_of(run, task, model.config.hidden_size)
     make_optimizer = FAMILIES[run["family"]].optimizer
-    own = {} if make_optimizer is None else {"optimizers": (make_optimizer(list(model.parameters()), settings), None)}
+    own = {} if make_optimizer is None else {"optimizers": (make_optimizer(model, settings), None)}
     target = {"step": 0, **probabilities(task, model, tokenizer)}
     with tempfile.TemporaryDirectory() as folder:
         args = UnlearnConfig(
