@@ -80,8 +80,8 @@ class EvalCallback(TrainerCallback):
         self.first_step, self.step = state.global_step, None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Forgets when the model was asked if it is another one now, the best."""
-        if args.load_best_model_at_end:
+        """Forgets when the model was asked if it has other weights now, those of its best step."""
+        if args.load_best_model_at_end or state.best_global_step not in (None, state.global_step):
             self.step = None
 
     def on_evaluate(

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from soul_trainer import UnlearnConfig, UnlearnTrainer
+from soul_trainer import UnlearnConfig, UnlearnTrainer, UntilForgottenCallback
 from soul_trainer.engines import Engine
 from soul_trainer.records import run_settings
 
@@ -219,11 +219,11 @@ class Comparison:
 
     def _read(self, config: UnlearnConfig, name: str) -> report.Run:
         header, rows = read_rows(rows_file_of(config))
-        state = Path(config.output_dir, "trainer_state.json").read_text(encoding="utf-8")
+        state = json.loads(Path(config.output_dir, "trainer_state.json").read_text(encoding="utf-8"))
         settings = {**header["settings"], "seconds_per_step": header["seconds_per_step"]}
-        return report.Run(
-            name, self.figures(rows), rows, log_history=json.loads(state)["log_history"], settings=settings
-        )
+        if until := state.get("stateful_callbacks", {}).get(UntilForgottenCallback.__name__):
+            settings["forget_level"] = until["args"]["level"]
+        return report.Run(name, self.figures(rows), rows, log_history=state["log_history"], settings=settings)
 
 
 def rows_file_of(config: UnlearnConfig) -> Path:

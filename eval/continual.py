@@ -100,6 +100,7 @@ def run_requests(experiment: Experiment, task: UnlearningTask, requests: list[Re
         model = task.target
         for place, request in enumerate(requests, 1):
             config = _stage_settings(experiment, optimizer, place)
+            experiment.lengthen(config, request.forget)
             part = replace(whole, target=model, forget=request.forget, retain=request.retain or task.retain)
             run = comparison.unlearn(
                 f"{label} {place}/{len(requests)}",

@@ -16,16 +16,18 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from soul_trainer import UnlearnConfig, UnlearningStoppingCallback, UnlearnTrainer, gold_forget_loss
+from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.engines import Engine
 from soul_trainer.sampling import SamplingConfig, add_alternates
 from soul_trainer.soul_settings import SOUL_NAMES
 
 from .adapters import LoraArguments
 from .comparison import Comparison
+from .levels import EPOCHS, check_until, lengthen, until_callback
 from .models import load_model
 from .report import Run
 from .settings_files import DEFAULTS_FILE, SettingsParser, settings_file
+from .suites.own import load
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +37,6 @@ OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
 # SOUL's control, which has all of it but the curvature, and the settings that make an optimizer of its name.
 NO_CURVATURE = "soul_none"
 _SETTINGS_OF = {NO_CURVATURE: {"optim": "soul", "rule": "none"}}
-GOLD = "gold"
 
 
 def _with_alternates(
@@ -68,9 +69,29 @@ class ExperimentArguments(LoraArguments):
     model: str | None = field(default=None, metadata={"help": "The model that must forget: hub id or folder."})
     gold: str | None = field(default=None, metadata={"help": "The model that never learnt it: hub id or folder."})
     evaluations: int = field(default=4, metadata={"help": "Evaluations after the start of a run, for the curves."})
-    stop_at_forget_loss: str | None = field(
+    until: str = field(
+        default=EPOCHS,
+        metadata={
+            "help": "When a run ends: epochs (after num_train_epochs), forgotten (when the rows to forget are as "
+            "improbable as for the gold model, or as an estimate of it), or a probability of the rows to forget."
+        },
+    )
+    max_utility_loss: float = field(
+        default=0.1,
+        metadata={
+            "help": "With --until: the largest share of the probability of the rows to keep that a run may lose, in "
+            "[0, 1]. The best weights within the limit are kept."
+        },
+    )
+    never_learnt: str | None = field(
         default=None,
-        metadata={"help": "Stop at an evaluation that finds this forget loss, in nats a token, or that of the gold."},
+        metadata={
+            "help": "With --until forgotten and no gold model: a file, folder or hub dataset with rows like those to "
+            "forget that the model never learnt."
+        },
+    )
+    stop_at_forget_loss: str | None = field(
+        default=None, metadata={"help": "Removed: use --until forgotten or --until PROBABILITY."}
     )
 
     def __post_init__(self):
@@ -79,17 +100,20 @@ class ExperimentArguments(LoraArguments):
             raise ValueError("`gold` (--gold) needs `model` (--model): without it, both are trained here.")
         if self.evaluations < 1:
             raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
-        if self.stop_at_forget_loss not in (None, GOLD):
-            try:
-                float(self.stop_at_forget_loss)
-            except ValueError:
-                raise ValueError(
-                    f"`stop_at_forget_loss` must be a number or {GOLD!r}, but it is {self.stop_at_forget_loss!r}."
-                ) from None
+        check_until(self.until)
+        if not 0 <= self.max_utility_loss <= 1:
+            raise ValueError(f"`max_utility_loss` must be between 0 and 1, but it is {self.max_utility_loss}.")
+        if self.stop_at_forget_loss is not None:
+            raise ValueError(
+                "`stop_at_forget_loss` was removed: write `until: forgotten` (--until forgotten) in the place of "
+                "'gold', or a probability of the rows to forget in the place of a loss."
+            )
 
     def training_settings(self) -> dict:
         """What a run depends on besides its [`UnlearnConfig`], if it differs from the default."""
-        stop = {} if self.stop_at_forget_loss is None else {"stop_at_forget_loss": self.stop_at_forget_loss}
+        stop = {}
+        if self.until != EPOCHS:
+            stop = {name: getattr(self, name) for name in ("until", "max_utility_loss", "never_learnt")}
         return stop | self.lora_settings()
 
 
@@ -107,6 +131,8 @@ class UnlearningTask:
         rows (`list[dict]`): The suite's rows, unscored.
         asked (`dict`, *optional*): Fields of the suite's arguments.
         gold (`str`, *optional*): Hub id or folder of the model that never learnt the forget rows.
+        held_out ([`~datasets.Dataset`], *optional*): Rows that the target knows and training never sees; with `until`,
+            what may be lost is measured on them.
         settings (`dict`, *optional*): What else results depend on: those of other settings are not used again.
         notes (`Sequence[str]`, *optional*): Paragraphs under the title of the report.
     """
@@ -119,6 +145,7 @@ class UnlearningTask:
     rows: list[dict]
     asked: dict = field(default_factory=dict)
     gold: str | None = None
+    held_out: Dataset | None = None
     settings: dict = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -206,10 +233,16 @@ class Experiment:
         comparison = self.compare(task)
         for optimizer, name in self.optimizers.items():
             config = self.settings(optimizer)
+            self.lengthen(config, task.forget)
             make_trainer = partial(self.make_trainer, task, config)
             comparison.unlearn(name, config, make_trainer, self.arguments[0].evaluations)
         comparison.write_report(task.title, task.notes)
         return comparison.runs
+
+    def lengthen(self, config: UnlearnConfig, forget: Dataset) -> None:
+        """Gives a run that stops by itself enough epochs for that, unless the command line says how many there are."""
+        if self.arguments[0].until != EPOCHS and "num_train_epochs" not in self._named:
+            lengthen(config, len(forget))
 
     def compare(self, task: UnlearningTask) -> Comparison:
         """A [`Comparison`] of the task, in which target and gold have been asked."""
@@ -234,16 +267,14 @@ class Experiment:
                 Whether the trainer loads the model anew for each trial of a search for settings.
         """
         args = self.arguments[0]
-        if args.stop_at_forget_loss == GOLD and not task.gold:
-            raise ValueError("`stop_at_forget_loss`='gold' needs a gold model: name it with --gold, or give a number.")
         tokenizer = AutoTokenizer.from_pretrained(task.target)
         forget = self._prepared(task, tokenizer, config)
         # Adapters of a former request are trained on; the others begin anew.
         is_adapter = Path(task.target, "adapter_config.json").exists()
         loader = partial(load_model, device="cpu") if is_adapter else AutoModelForCausalLM.from_pretrained
-        load = partial(loader, task.target, dtype="auto")
+        load_target = partial(loader, task.target, dtype="auto")
         trainer = UnlearnTrainer(
-            **({"model_init": load} if for_search else {"model": load()}),
+            **({"model_init": load_target} if for_search else {"model": load_target()}),
             args=config,
             forget_dataset=forget,
             retain_dataset=task.retain,
@@ -251,13 +282,12 @@ class Experiment:
             eval_dataset={"forget": forget},
             peft_config=None if is_adapter else args.peft_config(),
         )
-        if args.stop_at_forget_loss:
-            if args.stop_at_forget_loss == GOLD:
-                gold = AutoModelForCausalLM.from_pretrained(task.gold, dtype="auto")
-                level = gold_forget_loss(gold, trainer)
-            else:
-                level = float(args.stop_at_forget_loss)
-            trainer.add_callback(UnlearningStoppingCallback(level))
+        if args.until != EPOCHS:
+            gold = AutoModelForCausalLM.from_pretrained(task.gold, dtype="auto") if task.gold else None
+            unlearnt = None if args.never_learnt is None else load(args.never_learnt, name="never_learnt")
+            trainer.add_callback(
+                until_callback(trainer, args.until, forget, gold, unlearnt, task.held_out, args.max_utility_loss)
+            )
         return trainer
 
     def _prepared(self, task: UnlearningTask, tokenizer: PreTrainedTokenizerBase, config: UnlearnConfig) -> Dataset:

@@ -6,7 +6,7 @@ from .registration import register
 # First: the configurations below name the optimizer by the string that this makes valid.
 register()
 
-from .callbacks import HessianCallback, UnlearningStoppingCallback, gold_forget_loss  # noqa: E402
+from .callbacks import HessianCallback, UnlearningStoppingCallback, UntilForgottenCallback, gold_forget_loss  # noqa: E402
 from .config import UnlearnConfig  # noqa: E402
 from .curvature import estimate_hessian  # noqa: E402
 from .optim import Sophia, Soul  # noqa: E402
@@ -22,6 +22,7 @@ __all__ = [
     "UnlearnConfig",
     "UnlearnTrainer",
     "UnlearningStoppingCallback",
+    "UntilForgottenCallback",
     "estimate_hessian",
     "gold_forget_loss",
     "register",

@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from soul_eval import experiment as experiments
 from soul_eval.experiment import Experiment, ExperimentArguments
+from soul_eval.report import Run
 from soul_eval.rows import read_rows
 from soul_eval.settings_files import SettingsParser, settings_file
 from soul_trainer import UnlearnConfig
@@ -138,7 +139,9 @@ def test_values_of_files_have_the_types_of_the_command_line(tmp_path):
     [
         (["--gold", "a/b"], "`gold`.*needs `model`"),
         (["--evaluations", "0"], "`evaluations` must be at least 1"),
-        (["--stop_at_forget_loss", "soon"], "`stop_at_forget_loss` must be a number or 'gold'"),
+        (["--until", "soon"], "`until` must be 'epochs', 'forgotten' or a probability"),
+        (["--stop_at_forget_loss", "gold"], "`stop_at_forget_loss` was removed: write `until: forgotten`"),
+        (["--max_utility_loss", "2"], "`max_utility_loss` must be between 0 and 1"),
         (["--lora_rank", "0"], "`lora_rank` must be at least 1"),
     ],
 )
@@ -194,27 +197,28 @@ def test_rows_are_of_the_model_that_is_saved_though_it_changes_after_training(tm
 
 
 def test_a_run_stops_at_a_level_or_at_the_gold_models(tmp_path):
-    """Would catch a level that is never looked at, and a gold model's that is another model's."""
+    """Would catch a level that is never looked at, another model than the gold one, and a level not recorded."""
     task = scene_task(tmp_path)
-    flags = ["--optim", "adamw_torch", "--num_train_epochs", "6", "--evaluations", "12"]
+    flags = ["--optim", "adamw_torch", "--num_train_epochs", "6", "--max_utility_loss", "1"]
     flags += ["--forget_loss", "ga", "--retain_weight", "0"]
 
-    def history(*more: str) -> list[dict]:
-        scene_experiment(tmp_path, *flags, *more, "--overwrite", "True").run(task)
+    def history(*more: str) -> tuple[list[float], int, Run]:
+        (run,) = scene_experiment(tmp_path, *flags, *more, "--overwrite", "True").run(task)
         state = json.loads((tmp_path / "out" / "adamw_torch" / "trainer_state.json").read_text())
-        return [entry for entry in state["log_history"] if "eval_forget_loss" in entry]
+        looks = [
+            entry["until/forget_probability"] for entry in state["log_history"] if "until/forget_probability" in entry
+        ]
+        return looks, state["global_step"], run
 
-    whole = history()
-    assert whole[-1]["step"] == 12
-    level = whole[4]["eval_forget_loss"]
-    stopped = history("--stop_at_forget_loss", str(level - 1e-4))
-    assert stopped[-1]["step"] == next(each["step"] for each in whole if each["eval_forget_loss"] >= level - 1e-4) < 12
+    whole, steps, _ = history("--until", "1e-6")
+    assert steps == 12 and len(whole) == 13
+    level = (whole[4] + whole[5]) / 2
+    stopped, steps, run = history("--until", str(level))
+    assert steps == next(step for step, value in enumerate(whole) if value <= level) < 12
+    assert run.settings["forget_level"] == level and stopped == whole[: steps + 1]
     # The gold model here is as good as untrained, and so is the target: its level is reached at once, or soon.
-    gold = history("--stop_at_forget_loss", "gold")
-    assert gold[-1]["step"] < 12 and len(gold) < len(whole)
-    task.gold = None
-    with pytest.raises(ValueError, match="needs a gold model"):
-        scene_experiment(tmp_path / "other", *flags, "--stop_at_forget_loss", "gold").run(task)
+    _, steps, _ = history("--until", "forgotten")
+    assert steps < 12
 
 
 def test_a_loss_gets_the_rows_that_it_needs_once(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ..soul_settings import SOUL_NAMES
+from .forgotten import UntilForgottenCallback
 from .hessian import HessianCallback
 from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback
@@ -18,6 +19,7 @@ __all__ = [
     "PairingCallback",
     "PrimalDualCallback",
     "UnlearningStoppingCallback",
+    "UntilForgottenCallback",
     "callbacks_for",
     "gold_forget_loss",
 ]
