@@ -116,12 +116,11 @@ def settings_file(folder: Path, optimizer: str, forget_loss: str) -> Path | None
 
     Args:
         folder (`Path`): Such as `recipes/configs/tofu`.
-        optimizer (`str`): `"soul"`, `"sophia"`, whose files may be SOUL's, or, for all others, `"adamw"`.
+        optimizer (`str`): `"soul"`, `"sophia"` or, for all others, `"adamw"`.
         forget_loss (`str`): Name of the loss.
 
     Returns:
         `Path`: `None` where there is neither.
     """
-    optimizers = ("sophia", "soul") if optimizer == "sophia" else (optimizer,)
-    files = [folder / f"{name}{loss}.yaml" for loss in (f"_{forget_loss}", "") for name in optimizers]
+    files = [folder / f"{optimizer}{loss}.yaml" for loss in (f"_{forget_loss}", "")]
     return next((file for file in files if file.is_file()), None)
