@@ -20,6 +20,8 @@ PUBLISHED_LEARNING_RATE = 1e-5
 # directions in which a step goes furthest, so that steps are longer with it.
 STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
 TRUST_REGION_STEP = 3e-4
+# A whole step of the retain direction learns the retain rows by heart, at the cost of what is held out: docs/study.md.
+RETAIN_STEP = 0.7
 # Kronecker curvature keeps about five numbers a weight of a linear layer, and far more of an adapter's. Beyond these,
 # 0.4 GB, finding the bases takes minutes on a CPU, and a step of few rows spends more on them than on the model.
 KRONECKER_NUMBERS = 100_000_000
@@ -29,7 +31,8 @@ KRONECKER_NUMBERS = 100_000_000
 class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingArguments):
     """
     `TrainingArguments` with what unlearning adds. Defaults that differ from `TrainingArguments`: `optim="soul"`,
-    `learning_rate=None`, which [`UnlearnTrainer`] fills in, `num_train_epochs=5`, `remove_unused_columns=False`.
+    `learning_rate=None`, which [`UnlearnTrainer`] fills in as it does `retain_weight`, `num_train_epochs=5`,
+    `remove_unused_columns=False`.
 
     Raises:
         ValueError: If a loss, a schedule or an estimator is unknown (the known ones are listed), or a number is out of
@@ -51,7 +54,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     forget_loss: str = setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
     retain_loss: str = setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
     forget_weight: float = setting(1.0, "Weight of the forget loss, >= 0.")
-    retain_weight: float = setting(1.0, "Weight of the retain loss, >= 0 (gamma in SOUL's code).")
+    retain_weight: float | None = setting(
+        None,
+        "Weight of the retain loss or, in two directions, of its step, >= 0 (gamma in SOUL's code). By default "
+        f"{RETAIN_STEP} in two directions, else 1.",
+    )
     retain_weight_schedule: str = setting(
         "constant", f"How the retain weight grows to its value: {', '.join(RETAIN_WEIGHT_SCHEDULES)}."
     )
@@ -114,6 +121,12 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         if self.rule is None and self.default_rule == "kronecker" and not fits:
             self.rule = "diagonal"
 
+    def fill_retain_weight(self) -> None:
+        """Sets `retain_weight`, if it is open."""
+        if self.retain_weight is None:
+            is_soul = self.optim in SOUL_NAMES
+            self.retain_weight = RETAIN_STEP if is_soul and self.resolved().two_directions else 1.0
+
     def fill_learning_rate(self, width: int | None) -> None:
         """Sets `learning_rate`, if it is open, for a model of a width, which may be unknown where it is not needed."""
         if self.learning_rate is not None:
@@ -154,7 +167,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             *("forget_weight", "retain_weight", "l1_weight"),
             *("retain_loss_limit", "dual_step_size", "dual_warmup_epochs"),
         ):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0.0) < 0:
                 raise ValueError(f"`{name}` must be >= 0, but it is {getattr(self, name)}.")
         check_at_least(1, max_length=self.max_length, reference_topk=self.reference_topk)
         if self.label_smoothing_factor:
@@ -195,7 +208,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             )
         if not is_soul and self.two_directions:
             raise ValueError(f"`two_directions` is of `optim='soul'`, and `optim` is {self.optim!r}.")
-        weighs = self.retain_weight != 1.0 or self.retain_weight_schedule != "constant"
+        weighs = self.retain_weight not in (None, 1.0) or self.retain_weight_schedule != "constant"
         if self.retain_loss == CURVATURE and weighs:
             raise ValueError(
                 f"`retain_weight`={self.retain_weight} and `retain_weight_schedule`={self.retain_weight_schedule!r} "

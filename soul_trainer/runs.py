@@ -15,6 +15,10 @@ from .records import complete_model_card, make_way, read_model_card
 from .reference_rows import drop_from_rows
 
 
+# Settings whose default depends on the model and the engine.
+OPEN_SETTINGS = ("rule", "learning_rate", "retain_weight")
+
+
 class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
     """
     The runs of an [`UnlearnTrainer`]. With `model_init` each has a model of its own, and so an engine, a reference and
@@ -58,10 +62,11 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
 
     def fill_settings(self) -> None:
         """Gives the settings that are open the values that fit the model and its engine."""
-        self.open_settings |= {name for name in ("rule", "learning_rate") if getattr(self.args, name) is None}
+        self.open_settings |= {name for name in OPEN_SETTINGS if getattr(self.args, name) is None}
         if self.args.rule is None:
             layers = linear_layers(self.model)
             self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards)
+        self.args.fill_retain_weight()
         self.args.fill_learning_rate(getattr(self.model.config.get_text_config(), "hidden_size", None))
 
     def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:

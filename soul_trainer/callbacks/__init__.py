@@ -10,6 +10,7 @@ from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback
 from .running import InterruptCallback, PairingCallback
 from .stopping import UnlearningStoppingCallback, gold_forget_loss
+from .watch import WatchCallback
 
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PrimalDualCallback",
     "UnlearningStoppingCallback",
     "UntilForgottenCallback",
+    "WatchCallback",
     "callbacks_for",
     "gold_forget_loss",
 ]
@@ -42,4 +44,5 @@ def callbacks_for(trainer: Trainer, retain: Dataset, forget: Dataset) -> list[Tr
         callbacks.append(MaskCallback(trainer, retain, forget))
     if args.optim in SOUL_NAMES:
         callbacks.append(HessianCallback(trainer, retain, forget))
+    callbacks.append(WatchCallback(trainer))
     return callbacks
