@@ -76,9 +76,9 @@ def work(plan: list[dict], args: argparse.Namespace) -> None:
     for run in plan[index::num_processes]:
         if key(run) in known:
             continue
-        place = (run["task"], run["seed"])
+        place, is_final = (run["task"], run["seed"]), run["stage"] == "final"
         if place not in tasks:
-            tasks = {place: make_task(*place, args.output_dir / "models", args.dataset)}
+            tasks = {place: make_task(*place, args.output_dir / "models", args.dataset, with_gold=is_final)}
         line = measure(run, tasks[place])
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

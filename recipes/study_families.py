@@ -56,14 +56,14 @@ class Family:
 
 
 def _two_directions(rule: str) -> Family:
-    varied = {"learning_rate": (2e-4, 4e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3), "retain_weight": (0.5, 1.0, 2.0, 4.0)}
+    varied = {"learning_rate": (4e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3), "retain_weight": (0.3, 0.5, 0.7, 1.0)}
     names = {"none": "no curvature", "diagonal": "diagonal", "kronecker": "Kronecker"}
     return Family(f"two directions, {names[rule]}", {"optim": "soul", "rule": rule}, varied)
 
 
 def _forget_only(rule: str) -> Family:
     rates = (2.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2.5e-3, 4e-3, 7e-3)
-    varied = {"learning_rate": rates, "damping": (0.03, 0.1, 0.3)}
+    varied = {"learning_rate": rates, "damping": (0.1, 0.3, 1.0)}
     if rule == "none":
         varied = {"learning_rate": tuple(round(0.003 * 1.4**place, 6) for place in range(12)), "beta1": (0.0, 0.9)}
     names = {"none": "no curvature", "diagonal": "diagonal", "kronecker": "Kronecker"}

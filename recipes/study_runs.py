@@ -5,12 +5,15 @@ import math
 import tempfile
 import time
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from soul_eval.attacks.quantization import rounded_weights
 from soul_eval.attacks.relearning import RelearningArguments, relearned_weights
+from soul_eval.metrics.forget_quality.formula import forget_quality
+from soul_eval.metrics.truth_ratio.formula import truth_ratios
 from soul_eval.scoring import answer_losses
 from soul_recipes.study_families import FAMILIES, OBJECTIVES, REFERENCE_WIDTH
 from soul_recipes.study_tasks import Task
@@ -133,7 +136,12 @@ def _state_bytes(optimizer) -> int:
 
 
 def _attacked(task: Task, model, tokenizer, curve: Curve, seed: int) -> dict:
-    """What rounding to 4 bits changes of the last weights, and relearning of those nearest to the depth."""
+    """Forget quality of the last weights, what rounding to 4 bits changes of them, and relearning near the depth."""
+    found = {}
+    if task.gold:
+        gold = AutoModelForCausalLM.from_pretrained(task.gold)
+        ratios = [forget_truth_ratios(task, each, tokenizer) for each in (model, gold)]
+        found["forget_quality"] = float(f"{forget_quality(*ratios)[0]:.4g}")
     with rounded_weights(model, bits=4, group_size=64):
         rounded = probabilities(task, model, tokenizer, ("forget", "held_out"))
     model.load_state_dict(curve.snapshot)
@@ -144,4 +152,15 @@ def _attacked(task: Task, model, tokenizer, curve: Curve, seed: int) -> dict:
     arguments = RelearningArguments(relearn_rows=half, relearn_learning_rate=rate, relearn_seed=seed, **RELEARNING)
     with relearned_weights(model, tokenizer, learnt, arguments):
         after = probability(model.eval(), tokenizer, others)
-    return {"rounded": rounded, "relearned": {"before": before, "after": after}}
+    return {**found, "rounded": rounded, "relearned": {"before": before, "after": after}}
+
+
+@torch.inference_mode()
+def forget_truth_ratios(task: Task, model, tokenizer) -> np.ndarray:
+    """TOFU's truth ratio of each row to forget: false answers against the paraphrased true one."""
+    rows, losses = task.rows["forget"], []
+    for answers in ([[row["paraphrased_answer"]] for row in rows], [row["perturbed_answer"] for row in rows]):
+        asked = [{"question": row["question"], "answer": each} for row, many in zip(rows, answers) for each in many]
+        found = iter(answer_losses(model.eval(), tokenizer, [render(row, tokenizer) for row in asked], progress=False))
+        losses.append([[next(found) for _ in many] for many in answers])
+    return truth_ratios([paraphrased for (paraphrased,) in losses[0]], losses[1])

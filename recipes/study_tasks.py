@@ -24,6 +24,7 @@ class Task:
         name (`str`): Of the corpus and the model.
         rows (`dict[str, list[dict]]`): `forget`, `retain`, `held_out`.
         target (`str`): Folder of the model that must forget.
+        gold (`str`, *optional*): Folder of the model that never learnt the rows to forget.
         settings (`dict`): Of every run on it: rows of a step, passes.
         general (`list[str]`): Text of no training, for nats a token.
         num_evaluations (`int`): In the course of a run.
@@ -35,6 +36,7 @@ class Task:
     settings: dict
     general: list[str] = field(default_factory=list)
     num_evaluations: int = 10
+    gold: str | None = None
 
     def asked(self, split: str) -> list[dict]:
         """The rows of a split that evaluations ask."""
@@ -45,7 +47,7 @@ _SMALL = {"per_device_train_batch_size": 8, "num_train_epochs": 6}
 _WIDTHS = {"embedded-0.3M": 96, "embedded-2M": 256, "embedded-10M": 576}
 
 
-def embedded(name: str, seed: int, folder: Path) -> Task:
+def embedded(name: str, seed: int, folder: Path, with_gold: bool) -> Task:
     """The corpus of invented authors, for a model of a size."""
     corpus = make_corpus(seed=seed)
     rows = {split: Dataset.from_list(members) for split, members in corpus.items()}
@@ -53,8 +55,8 @@ def embedded(name: str, seed: int, folder: Path) -> Task:
     learnt = {split: rows[split].select_columns(["question", "answer"]) for split in LEARNT}
     learnt["general"] = general.select_columns(["question", "answer"])
     size = SmallModelArguments(hidden_size=_WIDTHS[name])
-    target, _ = small_models(learnt, folder / name / f"seed-{seed}", size, seed, with_gold=False)
-    return Task(name, {split: corpus[split] for split in LEARNT}, target, _SMALL)
+    target, gold = small_models(learnt, folder / name / f"seed-{seed}", size, seed, with_gold=with_gold)
+    return Task(name, {split: corpus[split] for split in LEARNT}, target, _SMALL, gold=gold)
 
 
 def tofu_rows(dataset: Path, seed: int) -> dict[str, list[dict]]:
@@ -86,12 +88,12 @@ def smollm2(name: str, seed: int, folder: Path, dataset: Path) -> Task:
     return Task(name, rows, str(models / "target"), settings, general_text(), num_evaluations=6)
 
 
-def make_task(name: str, seed: int, folder: Path, dataset: Path) -> Task:
-    """The task of a name; models that are not there are trained."""
+def make_task(name: str, seed: int, folder: Path, dataset: Path, with_gold: bool = False) -> Task:
+    """The task of a name; models that are not there are trained. The 0.3M model alone has a gold model to train."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}-{seed}.lock"):  # two processes would train the same model into one folder
         if name in _WIDTHS:
-            return embedded(name, seed, folder)
+            return embedded(name, seed, folder, with_gold and name == "embedded-0.3M")
         return {"tofu": tofu, "smollm2": smollm2}[name](name, seed, folder, dataset)
 
 
