@@ -10,12 +10,15 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer, UntilForgottenCallback
 from soul_trainer.engines import Engine
 from soul_trainer.records import run_settings
 
 from . import report
+from .attacks.after import ATTACKED_SUITES, attack_run
+from .attacks.command import recovered_figures
 from .callback import EvalCallback
 from .evaluation import ask
 from .models import weight_files, weights_digest
@@ -23,6 +26,9 @@ from .rows import make_header, read_rows, write_rows
 from .running import questions_digest
 from .statistics import Figure
 from .suites import SUITES
+
+
+logger = logging.get_logger(__name__)
 
 
 class Comparison:
@@ -57,7 +63,7 @@ class Comparison:
         settings: dict,
         config: UnlearnConfig,
     ):
-        self.folder, self.target, self.config = folder, target, config
+        self.folder, self.target, self.gold, self.config = folder, target, gold, config
         self.suite, self.rows, self.asked = SUITES[suite], rows, asked
         self.settings = {"suite": suite, "questions": questions_digest(rows), **asked, **settings}
         self._found = {
@@ -129,6 +135,33 @@ class Comparison:
         if PartialState().is_main_process:
             self._complete_card(self.runs[-1], folder)
         return self.runs[-1]
+
+    def attack(self, config: UnlearnConfig, names: list[str]) -> None:
+        """
+        Attacks the run that was added last, and adds `recovered_<attack>_<figure>` to its figures.
+
+        Args:
+            config ([`UnlearnConfig`]): The run's.
+            names (`list[str]`): Some of [`~attacks.after.ATTACKS`].
+
+        Raises:
+            ValueError: If the suite has no rows that can be attacked.
+        """
+        if self.suite.name not in ATTACKED_SUITES:
+            raise ValueError(f"`attacks` needs rows with answers, and the suite {self.suite.name} has none.")
+        if PartialState().num_processes > 1:
+            logger.warning("Attacks run in one process: start `python -m soul_eval attack` after this run.")
+            return
+        run, folder = self.runs[-1], Path(config.output_dir)
+        found = attack_run(
+            *(str(folder), self.target, self.gold, self.suite.name, self.asked, self.rows, names),
+            folder.with_name(f"{folder.name}.attacks"),
+            device=str(PartialState().device),
+            prompt_template=config.prompt_template,
+            overwrite=config.overwrite,
+        )
+        run.summary.update(recovered_figures(found))
+        run.attacks = found
 
     def write_report(self, title: str, notes: str | Sequence[str] = ()) -> None:
         """Writes the report into the folder and prints its table; see [`~report.write_report`]."""

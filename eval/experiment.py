@@ -22,6 +22,7 @@ from soul_trainer.sampling import SamplingConfig, add_alternates
 from soul_trainer.soul_settings import SOUL_NAMES
 
 from .adapters import LoraArguments
+from .attacks.after import ATTACKS, check_attacks
 from .comparison import Comparison
 from .levels import EPOCHS, check_until, lengthen, until_callback
 from .models import load_model
@@ -90,6 +91,10 @@ class ExperimentArguments(LoraArguments):
             "forget that the model never learnt."
         },
     )
+    attacks: str = field(
+        default="",
+        metadata={"help": f"Attacks on each unlearned model, by commas: {', '.join(ATTACKS)}. They end up in the report."},
+    )
     stop_at_forget_loss: str | None = field(
         default=None, metadata={"help": "Removed: use --until forgotten or --until PROBABILITY."}
     )
@@ -101,6 +106,7 @@ class ExperimentArguments(LoraArguments):
         if self.evaluations < 1:
             raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
         check_until(self.until)
+        check_attacks(self.attack_names)
         if not 0 <= self.max_utility_loss <= 1:
             raise ValueError(f"`max_utility_loss` must be between 0 and 1, but it is {self.max_utility_loss}.")
         if self.stop_at_forget_loss is not None:
@@ -108,6 +114,11 @@ class ExperimentArguments(LoraArguments):
                 "`stop_at_forget_loss` was removed: write `until: forgotten` (--until forgotten) in the place of "
                 "'gold', or a probability of the rows to forget in the place of a loss."
             )
+
+    @property
+    def attack_names(self) -> list[str]:
+        """The attacks, one by one."""
+        return [name.strip() for name in self.attacks.split(",") if name.strip()]
 
     def training_settings(self) -> dict:
         """What a run depends on besides its [`UnlearnConfig`], if it differs from the default."""
@@ -236,6 +247,8 @@ class Experiment:
             self.lengthen(config, task.forget)
             make_trainer = partial(self.make_trainer, task, config)
             comparison.unlearn(name, config, make_trainer, self.arguments[0].evaluations)
+            if names := self.arguments[0].attack_names:
+                comparison.attack(config, names)
         comparison.write_report(task.title, task.notes)
         return comparison.runs
 

@@ -35,6 +35,7 @@ class Run:
         settings (`dict`, *optional*): Settings to show; `seconds_per_step` becomes a column of the table.
         role (`str`, *optional*, defaults to `"unlearned"`):
             `"target"` is the model before unlearning, `"gold"` one that never saw what was to be forgotten.
+        attacks (`dict[str, dict[str, dict[str, Recovery]]]`, *optional*): From [`~attacks.command.attack_models`].
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     log_history: list[dict] | None = None
     settings: dict | None = None
     role: str = "unlearned"
+    attacks: dict | None = None
 
     def __post_init__(self):
         if self.role not in ROLES:

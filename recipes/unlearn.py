@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
+from soul_eval.levels import OTHER_ANSWERS
 from soul_eval.report import Run
 from soul_eval.suites import own
 from soul_eval.suites.sources import kind_of
@@ -33,6 +34,8 @@ from soul_trainer.records import write_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"
+# What a small model learns before it must forget.
+LEARNT = (own.FORGET, own.RETAIN, own.HELD_OUT)
 
 
 @dataclass
@@ -48,6 +51,9 @@ class UnlearnArguments(ExperimentArguments):
     held_out: str | None = field(
         default=None, metadata={"help": "Rows that the model knows and unlearning never sees: its cost elsewhere."}
     )
+    general_text: str | None = field(
+        default=None, metadata={"help": "Texts that no training has seen: what unlearning costs the language itself."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
     authors: int = field(default=17, metadata={"help": "Authors in the corpus of our own."})
     max_rows: int = field(default=400, metadata={"help": "Rows of retain and held_out that are asked; forget: all."})
@@ -60,8 +66,8 @@ class UnlearnArguments(ExperimentArguments):
             raise ValueError("`dataset` (--dataset) is no flag here: name the rows with --forget and --retain.")
         if (self.forget is None) != (self.model is None):
             raise ValueError("`forget` (--forget) and `model` (--model) go together: give both, or none for a look.")
-        if not self.forget and (self.retain or self.held_out):
-            raise ValueError("`retain` and `held_out` need `forget` (--forget): which rows must go?")
+        if not self.forget and (self.retain or self.held_out or self.general_text):
+            raise ValueError("`retain`, `held_out` and `general_text` need `forget` (--forget): which rows must go?")
 
     def suite_arguments(self, sources: dict[str, str]) -> own.OwnArguments:
         """Those of the suite."""
@@ -71,7 +77,7 @@ class UnlearnArguments(ExperimentArguments):
 
 def write_small_corpus(folder: Path, num_authors: int, seed: int) -> dict[str, str]:
     """Writes invented authors as a user's files would be, and returns their paths by split."""
-    paths = {split: folder / f"authors-{num_authors}-{seed}" / f"{split}.jsonl" for split in own.SPLITS}
+    paths = {split: folder / f"authors-{num_authors}-{seed}" / f"{split}.jsonl" for split in LEARNT}
     if PartialState().is_main_process:
         corpus = make_corpus(num_authors, seed=seed)
         for split, path in paths.items():
@@ -86,7 +92,8 @@ def learnt(rows: Dataset, tokenizer, chunks: ChunkArguments, longest: int, split
     columns = kind_of(rows, split)
     if columns == ("text",):
         return tokenized(rows, tokenizer, chunks, longest, name=split)
-    return rows.select_columns([*columns, *{"alternate"}.intersection(rows.column_names)])
+    kept = {"alternate", *OTHER_ANSWERS}.intersection(rows.column_names)
+    return rows.select_columns([*columns, *sorted(kept)])
 
 
 def main(command_line: Sequence[str] | None = None) -> list[Run]:
@@ -118,6 +125,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         target=target,
         gold=gold,
         **train,
+        held_out=splits.get("held_out"),
         rows=own.unscored_rows(splits, tokenizer, asked),
         asked=vars(asked),
         notes=[f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out],

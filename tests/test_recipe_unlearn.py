@@ -16,7 +16,7 @@ from soul_trainer import UnlearnConfig
 FLAGS = ["--use_cpu", "--disable_tqdm", "True", "--bf16", "False", "--num_train_epochs", "2", "--evaluations", "1"]
 FLAGS += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--learning_rate", "3e-3"]
 FLAGS += ["--rho", "1", "--hessian_interval", "2", "--hessian_batch_size", "4", "--logging_steps", "1"]
-FLAGS += ["--max_new_tokens", "8"]
+FLAGS += ["--max_new_tokens", "8", "--until", "epochs"]
 OTHERS = [{"question": f"Who is {name}?", "answer": f"{name} is a cook."} for name in ("Eve", "Flo", "Gus", "Hal")]
 
 
@@ -57,6 +57,11 @@ def test_without_arguments_it_forgets_invented_authors(tmp_path, capsys):
     ]
     said = capsys.readouterr().out
     assert "\ntarget " in said and "\ngold " in said and str(tmp_path / "soul") in said
+    # It runs until the gold model's level, and the model that comes out is attacked.
+    assert 0 < run.settings["forget_level"] < 1
+    assert set(run.attacks) == {"relearning", "relearning_used", "quantization_4"}
+    attacked = json.loads((tmp_path / "soul.attacks" / "attacks.json").read_text(encoding="utf-8"))["attacks"]
+    assert set(attacked["quantization_4"]) == {"unlearned", "gold"}
 
 
 def test_a_request_of_ones_own_and_the_same_again(target, tmp_path):
