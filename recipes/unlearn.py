@@ -59,6 +59,10 @@ class UnlearnArguments(ExperimentArguments):
     max_rows: int = field(default=400, metadata={"help": "Rows of retain and held_out that are asked; forget: all."})
     prompt_tokens: int = field(default=100, metadata={"help": "Tokens of a text that the model goes on from."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest answer in the evaluation, in tokens."})
+    embedding_model: str | None = field(
+        default=None,
+        metadata={"help": "Sentence embeddings for the accuracy of rows to forget with a column perturbed_answer."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,7 +75,8 @@ class UnlearnArguments(ExperimentArguments):
 
     def suite_arguments(self, sources: dict[str, str]) -> own.OwnArguments:
         """Those of the suite."""
-        asked = {name: getattr(self, name) for name in ("revision", "max_rows", "prompt_tokens", "max_new_tokens")}
+        names = ("revision", "max_rows", "prompt_tokens", "max_new_tokens", "embedding_model")
+        asked = {name: getattr(self, name) for name in names}
         return own.OwnArguments(**sources, **asked)
 
 

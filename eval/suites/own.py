@@ -17,8 +17,9 @@ import numpy as np
 from ..metrics.answer_probability.formula import answer_probabilities
 from ..metrics.rouge_overlap.formula import rouge_scores
 from ..rows import check_rows
-from ..statistics import Figure, mean_figure
+from ..statistics import LOSS, UNIT, Figure, mean_figure
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
+from .embedding import accuracy_figures
 from .memorization import memorization_values
 from .sources import kind_of, load_source, spread
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORGET, RETAIN, HELD_OUT = SPLITS = ("forget", "retain", "held_out")
+FORGET, RETAIN, HELD_OUT, GENERAL_TEXT = SPLITS = ("forget", "retain", "held_out", "general_text")
 HITS = "answer_hits"
+# A column of false answers, by TOFU's name: a row that has it can be judged by sentence embeddings.
+WRONG_ANSWERS = "perturbed_answer"
 # Fields of a row that are figures as they are.
 FIELDS = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "rouge1_f1", "verbatim_overlap")
 
@@ -48,6 +51,10 @@ class OwnArguments:
     held_out: str | None = field(
         default=None, metadata={"help": "Rows that the model knows and unlearning never sees: its cost elsewhere."}
     )
+    general_text: str | None = field(
+        default=None,
+        metadata={"help": "Rows that no training has seen, such as texts: what unlearning costs the language itself."},
+    )
     revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
     max_rows: int = field(
         default=400,
@@ -58,6 +65,13 @@ class OwnArguments:
     )
     generate: bool = field(default=True, metadata={"help": "Whether the model answers; without, no ROUGE."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest answer, in tokens."})
+    embedding_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sentence embeddings for the accuracy of rows with a column perturbed_answer: "
+            "sentence-transformers/paraphrase-MiniLM-L6-v2."
+        },
+    )
 
     def __post_init__(self):
         for name in ("max_rows", "prompt_tokens", "max_new_tokens"):
@@ -73,7 +87,7 @@ def load_splits(arguments: OwnArguments) -> "dict[str, Dataset]":
         arguments ([`OwnArguments`]): Which.
 
     Returns:
-        `dict[str, Dataset]`: `forget` and, if they are named, `retain` and `held_out`.
+        `dict[str, Dataset]`: `forget` and, if they are named, `retain`, `held_out` and `general_text`.
 
     Raises:
         ValueError: If a source is not there or its columns make no row.
@@ -119,7 +133,7 @@ def unscored_rows(
     """
     rows = []
     for split, dataset in splits.items():
-        columns = list(kind_of(dataset, split))
+        columns = [*kind_of(dataset, split), *{WRONG_ANSWERS}.intersection(dataset.column_names)]
         kept = spread(len(dataset), None if split == FORGET else arguments.max_rows)
         for index, (place, item) in enumerate(zip(kept, dataset.select(kept).select_columns(columns))):
             try:
@@ -147,7 +161,8 @@ def parts(row: dict, arguments: OwnArguments) -> list[Part]:
         return fields | {"verbatim_overlap": verbatim_overlap(row["answer"], text)}
 
     found = [Part("memory", [asked], memory)]
-    if arguments.generate:
+    # What the model makes of text that it never learnt is a matter of its loss: there is no answer to be repeated.
+    if arguments.generate and row["split"] != GENERAL_TEXT:
         if "text" in row:
             asked = {"prompt": row["prompt"], "completion": row["answer"]}
         found.append(Part("generation", [asked], overlap, GENERATION, arguments.max_new_tokens))
@@ -184,8 +199,8 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
     Returns:
         `dict[str, Figure]`: For each split `<split>_probability`, `<split>_nll` (nats per token), ROUGE
         (`<split>_rougeL_recall`, ...) and `<split>_verbatim_overlap`; `exact_memorization` and `extraction_strength`
-        of the rows to forget, and those of the others with their split before. A figure whose column is missing is
-        left out.
+        of the rows to forget, and those of the others with their split before; of `general_text` only
+        `general_text_nll`. A figure whose column is missing is left out.
 
     Raises:
         ValueError: If a number is missing or not finite, or a split is unknown.
@@ -193,11 +208,16 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
     check_rows(rows)
     figures = {}
     for split, members in by_split(rows, SPLITS).items():
+        if split == GENERAL_TEXT:
+            if losses := column(members, "answer_nll"):
+                figures["general_text_nll"] = mean_figure(losses, split, LOSS)
+            continue
         prefix = "" if split == FORGET else f"{split}_"
         values = {f"{split}_{name}": found for name, found in _row_values(members).items()}
         values |= {f"{prefix}{name}": found for name, found in memorization_values(members, HITS).items()}
-        figures |= {name: mean_figure(found, split) for name, found in values.items()}
-    return figures
+        for name, found in values.items():
+            figures[name] = mean_figure(found, split, LOSS if name.endswith("_nll") else UNIT)
+    return figures | accuracy_figures(rows)
 
 
 def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:
@@ -247,8 +267,20 @@ def _parted(text: str, tokenizer: "PreTrainedTokenizerBase", arguments: OwnArgum
     return {"prompt": prompt, "answer": answer}
 
 
+def judge(rows: list[dict], arguments: OwnArguments) -> None:
+    """Adds `embedding_hit` to the rows that have an answer of the model's own and wrong ones to compare it with."""
+    if arguments.embedding_model is None:
+        return
+    from ..embeddings import nearest_answers
+
+    judged = [row for row in rows if row.get("generation") is not None and row.get(WRONG_ANSWERS)]
+    texts = ([row[key] for row in judged] for key in ("generation", "answer", WRONG_ANSWERS))
+    for row, hit in zip(judged, nearest_answers(*texts, model=arguments.embedding_model)):
+        row["embedding_hit"] = bool(hit)
+
+
 def _load(arguments: OwnArguments, tokenizer: "PreTrainedTokenizerBase") -> list[dict]:
     return unscored_rows(load_splits(arguments), tokenizer, arguments)
 
 
-SUITE = Suite("own", OwnArguments, _load, parts, summarise, None, match_reference)
+SUITE = Suite("own", OwnArguments, _load, parts, summarise, judge, match_reference)
