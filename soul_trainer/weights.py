@@ -18,6 +18,11 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+            update_digest(digest, name, tensor)
     return digest.hexdigest()
+
+
+def update_digest(digest: "hashlib._Hash", name: str, tensor: torch.Tensor) -> None:
+    """Adds one tensor to the hash that [`weights_digest`] makes of all of them, in the order of their names."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())

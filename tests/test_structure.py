@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "soul_recipes": "recipes"}
 # A file imports from the floors below it and from its own.
 FLOORS = (
-    ("batch", "optim", "settings", "soul_settings", "refusals", "weighting", "weights"),
+    ("batch", "command_line", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
     ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
-    ("engines", "records", "freezing", "random_state", "loading"),
+    ("engines", "records", "freezing", "random_state", "loading", "stored_weights", "difference"),
     ("registration",),
     ("reference", "reference_rows", "curvature", "attribution", "perturbation", "sampling"),
     ("callbacks",),
     ("runs", "steps"),
     ("trainer",),
     ("__init__",),
-    ("__main__", "consolidate", "influence", "influence_command"),
+    ("__main__", "clean", "consolidate", "influence", "influence_command"),
 )
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 SHORTER_FILES = {"soul_trainer/trainer.py": 250, **{str(p.relative_to(ROOT)): 200 for p in ROOT.glob("recipes/*.py")}}
