@@ -26,4 +26,14 @@ __all__ = [
     "estimate_hessian",
     "gold_forget_loss",
     "register",
+    "unlearn",
 ]
+
+
+def __getattr__(name: str):
+    # It trains, evaluates and reports, with packages that are built on this one: they are imported when it is used.
+    if name == "unlearn":
+        from importlib import import_module
+
+        return import_module("soul_recipes.request").unlearn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
