@@ -2,29 +2,33 @@
 
 import argparse
 import difflib
+import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+
+from soul_trainer.command_line import CommandParser
 
 
 DEFAULTS_FILE = "defaults.yaml"
 
 
-class SettingsParser(HfArgumentParser):
+class SettingsParser(CommandParser):
     """
-    A [`~transformers.HfArgumentParser`] that tells what the command line names from what it leaves open, so that a
-    file can come between the two. Flags must be written out.
+    A [`~soul_trainer.command_line.CommandParser`] that tells what the command line names from what it leaves open, so
+    that a file can come between the two.
 
     Args:
-        dataclass_types (`Sequence[type]`): Dataclasses; their fields are the flags and the keys of files.
+        dataclass_types (`Sequence[type]`):
+            Dataclasses; their fields are the flags and the keys of files. The docstring of the first one's module is
+            what `--help` begins with.
     """
 
     def __init__(self, dataclass_types: Sequence[type]):
-        super().__init__(dataclass_types, allow_abbrev=False)
+        super().__init__(dataclass_types, description=inspect.getmodule(dataclass_types[0]).__doc__)
         self._flags = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
         # A file may give what has no default: `build` says what is missing then.
         for action in self._flags.values():

@@ -1,0 +1,28 @@
+"""Temporary folders that tell whose they are, so that those of killed runs can be found; see clean.py."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+
+
+# Then comes the process, which may still be at work.
+PREFIX, REFERENCE = "soul-trainer-", "_reference-"
+
+
+def scratch_folder() -> TemporaryDirectory:
+    """A temporary folder of this process."""
+    return TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
+
+
+def reference_folder(folder: Path) -> str:
+    """Makes a folder of this process in that of a run; the underscore keeps it off the hub."""
+    return mkdtemp(prefix=f"{REFERENCE}{os.getpid()}-", dir=folder)
+
+
+def process_of(name: str) -> int | None:
+    """The process that made a folder of this name; `None` if the name is none of ours."""
+    for prefix in (PREFIX, REFERENCE):
+        number = name.removeprefix(prefix).partition("-")[0]
+        if name.startswith(prefix) and number.isdecimal():
+            return int(number)
+    return None
