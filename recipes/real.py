@@ -19,6 +19,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from soul_eval.report import Run
+from soul_eval.rows import read_rows
+from soul_eval.suites import own
 from soul_recipes import unlearn
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.hub_layout import json_lines
@@ -105,18 +107,17 @@ def forget_request(base: Path, minilm: Path, rows: dict[str, list[dict]], folder
     runs = []
     for optimizer in OPTIMIZERS:
         runs += unlearn.main([*command, "--optim", optimizer])
-    return [*unlearn_references(folder / "unlearn"), *runs]
+    return [*references(folder / "unlearn"), *runs]
 
 
-def unlearn_references(folder: Path) -> list[Run]:
-    """The target and the gold model of finished runs."""
-    from soul_eval.rows import read_rows
-    from soul_eval.suites import own
-
+def references(folder: Path) -> list[Run]:
+    """The target and, if there is one, the gold model of finished runs."""
     found = []
     for role in ("target", "gold"):
-        _, rows = read_rows(folder / f"{role}.rows.jsonl")
-        found.append(Run(role, own.SUITE.summarise(rows, None), rows, role=role))
+        path = folder / f"{role}.rows.jsonl"
+        if path.exists():
+            _, rows = read_rows(path)
+            found.append(Run(role, own.SUITE.summarise(rows, None), rows, role=role))
     return found
 
 
