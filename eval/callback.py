@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -121,6 +122,7 @@ class EvalCallback(TrainerCallback):
                 template,
                 engine,
                 progress=not self.trainer.args.disable_tqdm,
+                name=Path(self.trainer.args.output_dir).name,
             )
         engine.forget_gathered(model)
         if self.suite.judge:

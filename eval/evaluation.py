@@ -14,7 +14,7 @@ from .gradient_norms import gradient_norms
 from .input_methods import Transform, check_lengths
 from .journal import Journal, Key
 from .scoring import AUTO, generate_answers, longest_input, score_answers
-from .suites.base import DETAILS, GENERATION, GRADIENT, Part
+from .suites.base import BARS, DETAILS, GENERATION, GRADIENT, Part
 
 
 def ask(
@@ -28,6 +28,7 @@ def ask(
     journal: Journal | None = None,
     progress: bool = True,
     transform: Transform | None = None,
+    name: str = "",
 ) -> list[dict]:
     """
     Asks all parts of all rows.
@@ -43,6 +44,7 @@ def ask(
         journal ([`~journal.Journal`], *optional*): What is in it is not asked again.
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
         transform (`Callable`, *optional*): What is asked instead of a part's answers; see [`~input_methods`].
+        name (`str`, *optional*): Of the model, for the progress bars.
 
     Returns:
         `list[dict]`: On every process, the rows with the fields of their parts.
@@ -69,6 +71,7 @@ def ask(
             names = [f"Row {index} of `{split}`" for split, index, _ in members]
             limit = longest_input(model, tokenizer)
             check_lengths(list(examples.values()), plain, names, tokenizer, limit)
+        settings["description"] = f"{name}: {BARS[kind]}" if name else BARS[kind].capitalize()
         if kind == GRADIENT:
             answers = _gradient_norms(model, tokenizer, examples, **settings)
         elif kind == GENERATION:
@@ -92,13 +95,13 @@ def _with_keys(keys: list[Key], answers: Iterator[tuple[int, str]]) -> Iterator[
 
 
 def _gradient_norms(
-    model, tokenizer, examples: dict[Key, list[Example]], engine: Engine | None, progress: bool
+    model, tokenizer, examples: dict[Key, list[Example]], engine: Engine | None, progress: bool, description: str
 ) -> Iterator:
     if engine is not None and engine.shards:
         raise ValueError("Norms of gradients need a whole model on each process: evaluate without them here.")
     keys = list(examples)[slice(None) if engine is None else slice(engine.process_index, None, engine.num_processes)]
     limit = longest_input(model, tokenizer)
-    for key in tqdm(keys, desc="Gradient norms", unit="row", disable=not progress):
+    for key in tqdm(keys, desc=description, unit="row", disable=not progress):
         try:
             yield key, gradient_norms(model, tokenizer, examples[key], progress=False, max_length=limit)[0]
         except ValueError as error:

@@ -11,6 +11,7 @@ place, C4 is what is kept, and toxic-bert judges what the model says to the prom
 """
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from soul_eval.classification import TOXICITY_MODEL
+from soul_eval.console import run_script
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import detox as suite
@@ -144,4 +146,4 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

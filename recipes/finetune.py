@@ -13,16 +13,19 @@ loss. Without `--model`, a small Llama is trained from scratch until it has lear
 `TrainingArguments` works. A model that is there, made from the same rows with the same settings, is used again.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from soul_eval.adapters import LoraArguments
+from soul_eval.console import run_script
 from soul_eval.models import weight_files
 from soul_eval.settings_files import SettingsParser
 from soul_recipes.learnt_rows import ChunkArguments, load_learnt, tokenized, without
@@ -100,5 +103,10 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     return train_small_model(rows, tokenizer, folder, small, args.seed, args=args)
 
 
+def command(command_line: Sequence[str] | None = None) -> None:
+    """Trains, and prints where the model is."""
+    PartialState().print(main(command_line))
+
+
 if __name__ == "__main__":
-    print(main())
+    sys.exit(run_script(command))

@@ -10,6 +10,7 @@ Without `--model`, a small target and a gold standard are trained from scratch; 
 `UnlearnConfig`, and so of `TrainingArguments`, works; settings come from `recipes/configs/muse` or `--config FILE`.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from soul_eval.console import run_script
 from soul_eval.continual import Request, run_requests
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask, fingerprint
 from soul_eval.report import Run
@@ -133,4 +135,4 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -12,6 +12,7 @@ Every flag of `recipes/tofu.py` works. AdamW and SOUL get as many trials each; a
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from accelerate import PartialState
 
 from soul_eval.callback import EvalCallback
 from soul_eval.comparison import Comparison
+from soul_eval.console import run_script
 from soul_eval.experiment import Experiment, UnlearningTask
 from soul_eval.extras import require
 from soul_eval.search import ForgetQualitySubjectToUtility, hp_space
@@ -143,4 +145,4 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

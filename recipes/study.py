@@ -12,17 +12,20 @@ at each depth run again on other seeds, which make the figures.
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from soul_eval.console import run_script
 from soul_eval.study.figures import best_setting
 from soul_eval.study.records import parse_run
 from soul_recipes.study_families import FAMILIES, OBJECTIVES, key, levels_of, search_plan
 from soul_recipes.study_report import write_study
 from soul_recipes.study_runs import measure
 from soul_recipes.study_tasks import TASKS, make_task
+from soul_trainer.command_line import PlainParser
 
 
 # Of no final run. Those of TOFU take other authors each, of which there are not so many.
@@ -91,9 +94,9 @@ def wait_for(plan: list[dict], folder: Path) -> None:
         time.sleep(30)
 
 
-def main() -> None:
+def main(command_line: list[str] | None = None) -> None:
     """Searches, then runs what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     parser.add_argument("--dataset", type=Path, default=Path("tofu"), help="TOFU's folder, for tofu and smollm2.")
     parser.add_argument("--stage", choices=("search", "final"), help="By default one after the other.")
@@ -107,7 +110,7 @@ def main() -> None:
         default = ",".join(known) if name != "tasks" else "embedded-0.3M"
         parser.add_argument(f"--{name}", default=default, help=f"Of {', '.join(known)}.")
     parser.add_argument("--report", type=Path, help="Makes tables and pictures of the rows in a folder, and no runs.")
-    args = parser.parse_args()
+    args = parser.parse_args(command_line)
     if args.report:
         return write_study(args.report)
     torch.set_num_threads(1)
@@ -123,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -11,9 +11,11 @@ Without `--model`, a small target and a gold standard are trained from scratch; 
 `UnlearnConfig`, and so of `TrainingArguments`, works; settings come from `recipes/configs/tofu` or `--config FILE`.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from soul_eval.console import run_script
 from soul_eval.continual import run_requests
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.suites import tofu
@@ -121,4 +123,4 @@ def main(command_line: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
+from soul_trainer.machine import fit_to_machine
 from soul_trainer.records import training_settings
 
 
@@ -57,6 +58,7 @@ def train_once(
     if (folder / "config.json").exists():
         return folder
     part = folder.with_name(folder.name + ".part")
+    fit_to_machine(args)
     args.output_dir, args.remove_unused_columns = str(part), False
     model = make_model()
     if lora.lora_rank:

@@ -11,6 +11,7 @@ of `UnlearnConfig`, and so of `TrainingArguments`, works; settings come from `re
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
+from soul_eval.console import run_script
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.general import check_tasks, general_ability
 from soul_eval.models import load_model, load_tokenizer
@@ -140,4 +142,4 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

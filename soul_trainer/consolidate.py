@@ -8,7 +8,6 @@ weights and states take in float32. Any engine without shards resumes the result
 it. The random states of the other processes are left behind: with dropout, the run goes on with other masks.
 """
 
-import argparse
 import json
 import os
 import re
@@ -25,10 +24,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig
 
+from .command_line import PlainParser
+
 
 # Where DeepSpeed keeps the optimizer's state_dict: in stages 1 and 2, and in stage 3.
 _ZERO_STATES = ("base_optimizer_state", "optimizer_state_dict")
 _ZERO_MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+_SCRATCH = "_consolidate-"
 _LEFT_BEHIND = ("*.bin", "*.distcp", "*.pth", "model*.safetensors*", "zero_to_*.py", "latest", "optimizer.pt")
 
 
@@ -97,7 +99,7 @@ def _read(checkpoint: Path) -> Contents:
 
 def _read_dcp(folder: Path) -> dict:
     # Beside the checkpoint, not in /tmp, which is often memory.
-    with tempfile.TemporaryDirectory(dir=folder.parent.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder.parent.parent) as scratch:
         dcp_to_torch_save(folder, f"{scratch}/whole.pt")
         return torch.load(f"{scratch}/whole.pt", weights_only=True)
 
@@ -110,7 +112,7 @@ def _read_zero(checkpoint: Path) -> Contents:
     weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint, tag)
     merged = {}
     for key in _state_names(checkpoint / tag):
-        with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=checkpoint.parent) as scratch:
             optimizer = _copy_with_states_for_weights(checkpoint / tag, Path(scratch) / tag, key)
             merged[key] = get_fp32_state_dict_from_zero_checkpoint(scratch, tag, exclude_frozen_parameters=True)
     # As every partition is stepped at every step, these numbers are the same in all of them.
@@ -197,11 +199,14 @@ def _write_adapter(weights: dict[str, Tensor], path: Path) -> None:
     save_file(adapter, path, metadata={"format": "pt"})
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def command(arguments: list[str] | None = None) -> None:
+    """Does what the command line asks for; errors are those of [`consolidate`]."""
+    parser = PlainParser(__doc__)
     parser.add_argument("checkpoint", help="A checkpoint-N folder of a run with DeepSpeed ZeRO or FSDP2.")
     parser.add_argument("output", help="A folder that does not exist yet.")
-    arguments = parser.parse_args()
-    consolidate(arguments.checkpoint, arguments.output)
+    args = parser.parse_args(arguments)
+    consolidate(args.checkpoint, args.output)
+
+
+if __name__ == "__main__":
+    command()

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from datasets import Dataset, Features, List, Value
@@ -23,6 +22,7 @@ from .log_probs import LEAST_LOG_PROB, answer_chunks, shift_labels, token_log_pr
 from .objectives import Objectives
 from .pairing import PairedDataset
 from .reference import eval_mode
+from .scratch import reference_folder
 
 
 logger = logging.get_logger(__name__)
@@ -162,7 +162,7 @@ def add_top_tokens(dataset: Dataset, num_tokens: int, folder: Path, forward: Row
         return {"reference_ids": list(ids), "reference_log_probs": list(log_probs)}
 
     folder.mkdir(parents=True, exist_ok=True)
-    own_folder = mkdtemp(prefix="_reference-", dir=folder)  # the underscore keeps it off the hub
+    own_folder = reference_folder(folder)
     added = dataset.map(
         add,
         batched=True,

@@ -25,7 +25,7 @@ from soul_trainer.formats import DEFAULT_PROMPT_TEMPLATE, Example, encode, rende
 
 from ..metrics.rouge_overlap.formula import rouge_scores
 from ..scoring import AUTO, generate_answers, score_answers
-from ..suites.base import Part
+from ..suites.base import BARS, GENERATION, SCORES, Part
 
 
 # Takes what is asked of a model, in a format of `soul_trainer.formats`, and the row that it is asked for.
@@ -176,6 +176,7 @@ def ask_rest(
     batch_size: int | str = AUTO,
     prompt_template: str | None = None,
     progress: bool = True,
+    name: str = "prefix",
 ) -> list[dict]:
     """
     The prefix attack on rows.
@@ -190,6 +191,7 @@ def ask_rest(
         batch_size (`int` or `str`, *optional*, defaults to `"auto"`): Tokens in a batch, padding included.
         prompt_template (`str`, *optional*): As in training; see `soul_trainer.formats.render`.
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+        name (`str`, *optional*, defaults to `"prefix"`): What they begin with.
 
     Returns:
         `list[dict]`: The rows with `given` and `rest`, texts; `answer_nll`, the mean loss per token of the rest, in
@@ -203,10 +205,12 @@ def ask_rest(
             raise ValueError(f"Row {row['index']} of `{row['split']}`: {error}") from error
         asked.append({**row, "given": given, "rest": example.content})
         examples.append(example)
-    for place, score in score_answers(model, tokenizer, examples, batch_size, progress=progress):
+    label = f"{name}: {BARS[SCORES]}"
+    for place, score in score_answers(model, tokenizer, examples, batch_size, description=label, progress=progress):
         asked[place]["answer_nll"] = score.nll
     if generate:
-        texts = generate_answers(model, tokenizer, examples, batch_size, max_new_tokens, progress=progress)
+        settings = {"description": f"{name}: {BARS[GENERATION]}", "progress": progress}
+        texts = generate_answers(model, tokenizer, examples, batch_size, max_new_tokens, **settings)
         for place, text in texts:
             asked[place] |= {"generation": text.strip(), **rouge_scores(asked[place]["rest"], text)}
     return asked

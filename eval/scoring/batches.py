@@ -59,11 +59,8 @@ def token_batches(
     Returns:
         `Iterator[list[int]]`: The units' indices.
     """
-    order = sorted(units, key=lambda unit: (-unit.suffix, -unit.prefix))
-    if engine is not None:
-        order = order[engine.process_index :: engine.num_processes]
     batch: list[Unit] = []
-    for unit in order:
+    for unit in own_units(units, engine):
         together = [*batch, unit]
         num_rows = sum(each.rows for each in together)
         padded = len(together) * max(each.prefix for each in together) + num_rows * max(u.suffix for u in together)
@@ -73,6 +70,12 @@ def token_batches(
         batch = together
     if batch:
         yield [each.index for each in batch]
+
+
+def own_units(units: list[Unit], engine: Engine | None) -> list[Unit]:
+    """This process's units, the longest first."""
+    order = sorted(units, key=lambda unit: (-unit.suffix, -unit.prefix))
+    return order if engine is None else order[engine.process_index :: engine.num_processes]
 
 
 def shortest(units: list[Unit]) -> list[int]:

@@ -1,6 +1,6 @@
 """The answers that a model gives when it always takes the most probable token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from .batches import (
     longest_input,
     most_rows,
     only_last_logits,
+    own_units,
     pad,
     run_batches,
     shortest,
@@ -34,6 +35,8 @@ logger = logging.get_logger(__name__)
 
 # Rows that are done leave a batch once they are this share of it: to move the others costs a copy of their keys.
 DONE_SHARE = 8
+# Of tqdm, with whole rows: a row that is half done is half a row.
+BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @torch.no_grad()
@@ -76,19 +79,23 @@ def generate_answers(
     units = [Unit(place, len(prompt), 1, bounds[place]) for place, prompt in enumerate(prompts)]
     batches = token_batches(units, cache_budget(model, batch_size), engine, most_rows(model))
     decode = _decode if can_continue(model) else _generate
+    spare, num_done, total = shortest(units), 0, len(own_units(units, engine))
 
     def run(batch: list[int]) -> list[list[int]]:
-        return decode(model, [prompts[place] for place in batch], [bounds[place] for place in batch], settings, engine)
+        rows = [prompts[place] for place in batch], [bounds[place] for place in batch]
+        bar.update(num_done - bar.n)  # back, where memory ran out within a batch
+        return decode(model, *rows, settings, engine, (lambda share: None) if batch is spare else bar.update)
 
     with (
         eval_mode(model),
         generation_settings(model, settings),
-        tqdm(total=len(prompts), desc=description, unit="answer", disable=not progress) as bar,
+        tqdm(total=total, desc=description, unit="answer", bar_format=BAR, disable=not progress) as bar,
     ):
-        for batch, answers in run_batches(batches, run, engine, shortest(units)):
+        for batch, answers in run_batches(batches, run, engine, spare):
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             yield from zip(batch, texts)
-            bar.update(len(batch))
+            num_done += len(batch)
+            bar.update(num_done - bar.n)
 
 
 def greedy_answers(
@@ -120,8 +127,12 @@ def _decode(
     bounds: list[int],
     settings: GenerationConfig,
     engine: Engine | None,
+    advance: Callable[[float], object],
 ) -> list[list[int]]:
-    """At most as many new tokens of each prompt as its bound, without the end of sequence."""
+    """
+    At most as many new tokens of each prompt as its bound, without the end of sequence; `advance` is told, in rows,
+    how much more of them is done.
+    """
     device = device_of(model, engine)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -131,7 +142,7 @@ def _decode(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     # A row that is done goes on for nothing until it leaves, and must not leave the model's positions meanwhile.
     last_position = max(len(prompt) + bound for prompt, bound in zip(prompts, bounds)) - 1
-    cache = None
+    cache, num_done = None, 0.0
     while True:
         outputs = model(
             input_ids=ids,
@@ -148,6 +159,9 @@ def _decode(
             if not is_done[place]:
                 answers[place].append(token)
                 is_done[place] = len(answers[place]) == bounds[place]
+        shares = [1 if done else len(answer) / bound for done, answer, bound in zip(is_done, answers, bounds)]
+        advance(sum(shares) - num_done)
+        num_done = sum(shares)
         kept = [row for row, place in enumerate(alive) if not is_done[place]]
         if not any_process(bool(kept), engine):
             return answers
@@ -166,6 +180,7 @@ def _generate(
     bounds: list[int],
     settings: GenerationConfig,
     engine: Engine | None,
+    advance: Callable[[float], object],
 ) -> list[list[int]]:
     """The same by transformers' own loop, for models whose state is not keys and values."""
     device = device_of(model, engine)

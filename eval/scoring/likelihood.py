@@ -27,6 +27,7 @@ from .batches import (
     logits_budget,
     longest_input,
     only_last_logits,
+    own_units,
     pad,
     run_batches,
     shortest,
@@ -115,6 +116,8 @@ def score_answers(
 
     def score_rows(places: list[int], prefix: _Prefix | None = None) -> tuple[list[int], list[Tensor]]:
         targets, logits = _forward(model, [rows[place] for place in places], device, prefix and prefix.of(places))
+        # Rows are done twice where memory ran out, and for nothing where other processes still had some.
+        bar.update(min(len(places), bar.total - bar.n))
         return places, [targets != IGNORE_INDEX, *measure(logits, targets)]
 
     def score_groups(batch: list[int]) -> list[tuple[list[int], list[Tensor]]]:
@@ -123,17 +126,17 @@ def score_answers(
         batches = token_batches(units, budget)
         return [result for _, result in run_batches(batches, lambda b: score_rows(b, prefix), engine, shortest(units))]
 
-    with eval_mode(model), tqdm(total=len(rows), desc=description, unit="answer", disable=not progress) as bar:
-        units = [Unit(index, len(rows[group[0]].prompt) - 1, 1, 0) for index, group in enumerate(shared)]
-        batches = token_batches(units, budget * (PREFIX_BUDGETS if batch_size == AUTO else 1), engine)
-        groups = run_batches(batches, score_groups, engine, shortest(units))
-        units = [Unit(place, 0, 1, len(rows[place].prompt) + len(rows[place].answer)) for place in singles]
+    prefixes = [Unit(index, len(rows[group[0]].prompt) - 1, 1, 0) for index, group in enumerate(shared)]
+    units = [Unit(place, 0, 1, len(rows[place].prompt) + len(rows[place].answer)) for place in singles]
+    total = len(own_units(units, engine)) + sum(len(shared[unit.index]) for unit in own_units(prefixes, engine))
+    with eval_mode(model), tqdm(total=total, desc=description, unit="answer", disable=not progress) as bar:
+        batches = token_batches(prefixes, budget * (PREFIX_BUDGETS if batch_size == AUTO else 1), engine)
+        groups = run_batches(batches, score_groups, engine, shortest(prefixes))
         alone = run_batches(token_batches(units, budget, engine), score_rows, engine, shortest(units))
         results = chain((result for _, several in groups for result in several), (result for _, result in alone))
         for places, tensors in _one_behind(results):
             for place, score in zip(places, _scores(tensors)):
                 yield place, score._replace(num_end=rows[place].num_end)
-            bar.update(len(places))
 
 
 def answer_losses(

@@ -8,6 +8,8 @@ from ..statistics import Figure
 
 
 SCORES, DETAILS, GENERATION, GRADIENT = "scores", "details", "generation", "gradient"
+# What progress bars say while parts of a kind are asked.
+BARS = {SCORES: "answers", DETAILS: "answers", GENERATION: "greedy answers", GRADIENT: "gradient norms"}
 
 
 @dataclass(frozen=True)

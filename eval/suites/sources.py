@@ -5,7 +5,6 @@ Imports nothing that only a model needs.
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 
@@ -217,9 +216,11 @@ def _read_file(path: Path) -> "Dataset":
 def _read(source: str, is_local: bool, **arguments: str | None) -> "dict[str, Dataset]":
     from datasets import load_dataset
 
+    from soul_trainer.scratch import scratch_folder
+
     if not is_local:
         return load_dataset(source, **arguments)
     # The library's cache tells folders apart by their names alone: it would give the rows of another folder, or those
     # that this one had before.
-    with TemporaryDirectory(ignore_cleanup_errors=True) as cache_dir:
+    with scratch_folder() as cache_dir:
         return load_dataset(source, cache_dir=cache_dir, keep_in_memory=True, **arguments)

@@ -8,7 +8,6 @@ the arguments of the model, and stop where lm-eval would make other tokens of a 
 
 import os
 from functools import cached_property, lru_cache
-from tempfile import TemporaryDirectory
 
 from datasets import load_dataset
 from lm_eval.api.instance import Instance
@@ -23,6 +22,7 @@ try:
     from soul_eval.metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_score
     from soul_trainer.batch import IGNORE_INDEX
     from soul_trainer.formats import Example, encode, render
+    from soul_trainer.scratch import scratch_folder
 except ImportError as error:
     raise ImportError(
         "These tasks need this project in lm-eval's environment: pip install soul-trainer[eval]"
@@ -57,7 +57,7 @@ class SuiteTask(ConfigurableTask):
         """The dataset; from a folder it is read anew, since the cache of `datasets` does not see that rows changed."""
         if not os.path.isdir(self.DATASET_PATH):
             return super().download(dataset_kwargs, **kwargs)
-        with TemporaryDirectory() as cache:
+        with scratch_folder() as cache:
             self.dataset = load_dataset(self.DATASET_PATH, self.DATASET_NAME, cache_dir=cache, keep_in_memory=True)
 
     @cached_property

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
@@ -176,10 +177,12 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         """The plain mean of estimates over one pass, or over two where matrices have curvature of their own; anew."""
         size = self.settings.hessian_batch_size
         rows = self._sample(draw=0, num_rows=self.settings.hessian_rows or len(self._all_rows()))
-        draws = itertools.count()
+        draws, args = itertools.count(), self.trainer.args
 
         def estimate(statistics: LayerStatistics | None = None) -> None:
-            for start in range(0, len(rows), size):
+            is_quiet = args.disable_tqdm or not self.trainer.is_local_process_zero()
+            starts = range(0, len(rows), size)
+            for start in tqdm(starts, desc="Curvature", unit="estimate", leave=False, disable=is_quiet):
                 draw = next(draws)
                 self._estimate(draw, rows[start : start + size], draw / (draw + 1), statistics)
 

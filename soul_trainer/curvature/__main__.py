@@ -1,9 +1,4 @@
-"""
-Measures the curvature of a model's loss once, for every later request to remove something from it.
-
-    python -m soul_trainer.curvature --model DIR --dataset retain.jsonl --output curvature.safetensors
-    torchrun --nproc_per_node 8 -m soul_trainer.curvature ...
-"""
+"""`python -m soul_trainer.curvature`; see command.py."""
 
 import sys
 

@@ -42,7 +42,7 @@ def loss_gradient(
         FloatingPointError: If the loss of a row is not finite; it is named.
     """
     sums = wide_zeros(parameters)
-    for batch in batches:
+    for batch in logging.tqdm(batches, desc="Gradient", unit="batch", leave=False):
         losses = _row_losses(model, batch).sum()
         _accumulate(sums, torch.autograd.grad(losses, parameters, materialize_grads=True))
     return sums
@@ -84,8 +84,9 @@ def gauss_newton_diagonal(
     """
     optimizer, means = Sophia(parameters), wide_zeros(parameters)
     num_tokens = num_draws * count_tokens(batches)
+    rows = [row for row in _rows(batches) if count_tokens([row])]
     for draw in range(first_draw, first_draw + num_draws):
-        for row in filter(lambda row: count_tokens([row]), _rows(batches)):
+        for row in logging.tqdm(rows, desc="Curvature", unit="row", leave=False):
             estimate_hessian(model, optimizer, [row], seed=seed, draw=draw, decay=0.0, statistics=statistics)
             for parameter, mean in zip(parameters, means):
                 if state := optimizer.state[parameter]:
@@ -157,7 +158,7 @@ def gauss_newton_product(
         `list[torch.Tensor]`: Of the parameters' shapes, at least float32.
     """
     num_tokens, products = count_tokens(batches), wide_zeros(parameters)
-    for batch in batches:
+    for batch in logging.tqdm(batches, desc="Conjugate gradients", unit="batch", leave=False):
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             scores = logits_of(model, batch)[shift_labels(batch["labels"]) != IGNORE_INDEX]
             weights = torch.zeros_like(scores, requires_grad=True)
