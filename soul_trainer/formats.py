@@ -259,6 +259,23 @@ def _render_template(question: str, answer: str, template: str) -> Example:
     return Example(prompt.replace("{question}", question), answer, answer.strip(), is_chat=False)
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """
+    The special token that the chat template puts right after an answer, such as `<|eot_id|>`. It is where a chat model
+    stops, and often another token than the tokenizer's `eos_token`.
+
+    Returns:
+        `int`: `None` where there is no chat template, or it puts no special token there.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    rendered = _render_chat(turns, tokenizer).answer
+    after = tokenizer(rendered[rendered.rindex("answer") + len("answer") :], add_special_tokens=False)["input_ids"]
+    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return after[0] if after and after[0] in {*special, *tokenizer.all_special_ids} else None
+
+
 def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Example:
     if not tokenizer.chat_template:
         raise ValueError("a row of `messages` needs a tokenizer with a chat template, and this one has none.")

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..engines import Engine
-from ..formats import longest_row
+from ..formats import end_of_turn, longest_row
 from ..reference import eval_mode
 from ..settings import check_at_least
 
@@ -192,7 +192,7 @@ def words_of(text: str) -> list[str]:
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a text: a chat model may end its turns with others than its tokenizer's."""
     end = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+    return {tokenizer.eos_token_id, end_of_turn(tokenizer), *(end if isinstance(end, list) else [end])} - {None}
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
