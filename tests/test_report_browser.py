@@ -1,31 +1,17 @@
 """The page of a report in headless Chromium, driven over its DevTools protocol. Skipped where there is no Chromium."""
 
-import asyncio
-import shutil
-import subprocess
-import time
-
 import pytest
+from chromium import needs_browser, open_browser
 
 from soul_eval.report import Run, write_report
 from soul_eval.runs import ROLES
 
 
-aiohttp = pytest.importorskip("aiohttp", reason="DevTools are reached through aiohttp, which comes with datasets")
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(NAMES)} is on the PATH")
-
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
-).split()
-# No name is resolved but this machine's own, which DevTools need: what the page has, it brought along.
-OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+pytestmark = needs_browser
 EVIL = (
     "</script><script>document.title = 'taken over'</script><img src=x onerror=\"document.title = 'taken over'\"><!--"
 )
-NUM_ROWS, PAGE_SIZE, PATIENCE = 400, 40, 60
+NUM_ROWS, PAGE_SIZE = 400, 40
 
 
 def make_runs():
@@ -51,77 +37,6 @@ def make_runs():
     return runs
 
 
-class Tab:
-    """A page in a browser: its calls wait for their answers, and what it reports meanwhile is kept."""
-
-    def __init__(self, port):
-        self.loop = asyncio.new_event_loop()
-        self.events, self.num_calls = [], 0
-        self.session, self.socket = self.loop.run_until_complete(self._connect(port))
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **parameters):
-        return self.loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), PATIENCE))
-
-    def open(self, url):
-        """Loads a page and waits until all of it is there."""
-        self.events.clear()
-        self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + PATIENCE
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            assert time.monotonic() < deadline, "the page was not loaded"
-            self.call("Runtime.evaluate", expression="1")
-
-    def run(self, expression):
-        """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def type(self, text):
-        """Puts text in the place of what is in the search box, as typing does."""
-        self.run("document.getElementById('query').focus(); document.getElementById('query').select()")
-        self.call("Input.insertText", text=text) if text else self.press("Delete", 46)
-
-    def press(self, key, code, text=""):
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, text=text)
-
-    def complaints(self):
-        """Errors that the page or the browser reported."""
-        entries = [event["params"] for event in self.events if event["method"] == "Log.entryAdded"]
-        messages = [entry for entry in entries if entry["entry"]["level"] in ("error", "warning")]
-        return messages + [
-            event["params"]
-            for event in self.events
-            if event["method"] == "Runtime.exceptionThrown"
-            or (event["method"] == "Runtime.consoleAPICalled" and event["params"]["type"] in ("error", "warning"))
-        ]
-
-    def close(self):
-        self.loop.run_until_complete(self.socket.close())
-        self.loop.run_until_complete(self.session.close())
-        self.loop.close()
-
-    async def _connect(self, port):
-        session = aiohttp.ClientSession()
-        async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-            pages = [each for each in await answer.json() if each["type"] == "page"]
-        return session, await session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
-
-    async def _call(self, method, parameters):
-        self.num_calls += 1
-        own = self.num_calls
-        await self.socket.send_json({"id": own, "method": method, "params": parameters})
-        while True:
-            message = await self.socket.receive_json()
-            if message.get("id") == own:
-                assert "error" not in message, message
-                return message["result"]
-            self.events.append(message)
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     return write_report(tmp_path_factory.mktemp("report"), "Title", make_runs(), "A note.").as_uri()
@@ -129,28 +44,13 @@ def url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    profile = tmp_path_factory.mktemp("profile")
-    log = open(profile / "log", "w")
-    process = subprocess.Popen([BROWSER, *FLAGS, OFFLINE, f"--user-data-dir={profile}", "about:blank"], stderr=log)
-    port_file, deadline, tab = profile / "DevToolsActivePort", time.monotonic() + PATIENCE, None
-    try:
-        while not port_file.exists() or not port_file.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, (profile / "log").read_text()[-2000:]
-            time.sleep(0.1)
-        tab = Tab(port_file.read_text().split()[0])
+    with open_browser(tmp_path_factory.mktemp("profile")) as tab:
         yield tab
-    finally:
-        if tab:
-            tab.close()
-        process.terminate()
-        process.wait(PATIENCE)
-        log.close()
 
 
 @pytest.fixture
 def tab(browser, url):
-    browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
-    browser.call("Emulation.setEmulatedMedia", features=[])
+    browser.resize(1280)
     browser.open(url)
     return browser
 
@@ -171,10 +71,7 @@ def test_the_page_renders_and_asks_for_nothing(tab):
     images = tab.run("[...document.images].map(each => each.complete && each.naturalWidth)")
     assert images and all(images)
     assert tab.complaints() == []
-    requests = [
-        event["params"]["request"]["url"] for event in tab.events if event["method"] == "Network.requestWillBeSent"
-    ]
-    assert requests and all(request.startswith(("file:", "data:")) for request in requests)
+    assert tab.requests() and all(request.startswith(("file:", "data:")) for request in tab.requests())
 
 
 def test_typing_searches(tab):
@@ -249,9 +146,7 @@ def test_hostile_text_stays_text(tab):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_and_all_can_be_read(tab, width, scheme):
     """Catches a page wider than a phone, text in the colour of its ground, and a search that is felt as one types."""
-    mobile = width < 500
-    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=mobile)
-    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    tab.resize(width, 844, scheme)
     assert tab.run("document.documentElement.scrollWidth") <= width
     # Four models have room side by side.
     assert tab.run("(e => e.scrollWidth - e.clientWidth)(document.querySelector('.scroll'))") == 0
