@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .extras import require
-from .statistics import Figure, interval_figure, resampled_means
+from .statistics import (
+    Figure,
+    interval_figure,
+    mean_figure,
+    resampled_means,
+    share_bounds,
+    student_quantile,
+)
 
 
 if TYPE_CHECKING:
@@ -42,6 +49,13 @@ TASK_SETS = {"soul": SOUL_TASKS, "wikitext": ("wikitext",), "mmlu": ("mmlu",), "
 # What lm-eval itself takes by default, so that examples in context are those of published figures.
 FEWSHOT_SEED = 1234
 NUM_RESAMPLES = 1000
+# lm-eval's metrics, and our tasks', that are means of a value in [0, 1] a row.
+SHARES = frozenset(
+    "acc acc_norm acc_mutual_info acc_bytes acc_all exact_match f1 em probability truth_ratio rougeL_recall "
+    "rouge1_recall rougeL_f1".split()
+)
+# Rows make up a figure if their mean is it, up to the order of summation.
+SAME_FIGURE = 1e-9
 # lm-eval's metrics of (log-likelihood, length) pairs, for which it has no standard error.
 PERPLEXITIES = {
     "word_perplexity": lambda mean: np.exp(-mean),
@@ -80,8 +94,9 @@ def general_ability(
 
     Returns:
         `dict[str, Figure]`: By `task/metric`, or `task/metric,filter` where lm-eval filters answers, and of groups
-        their aggregates. Intervals are `value ± 1.96` standard errors as lm-eval has them; of perplexities those of
-        a bootstrap over documents.
+        their aggregates. Shares have the interval of [`~statistics.mean_figure`] over their rows or, where a figure is
+        not the mean over its rows, that of [`share_figure`]; perplexities one by resamples of documents; all other
+        figures Student's of lm-eval's standard error.
 
     Raises:
         ImportError: If lm-eval is not installed.
@@ -184,20 +199,56 @@ def _figures(results: dict) -> dict[str, Figure]:
             if not is_metric or metric.endswith("_stderr"):
                 continue
             label = f"{task}/{metric}" + ("" if name == "none" else f",{name}")
-            value, num_rows = float(value), entry["sample_len"]
-            figures[label] = Figure(value, num_rows)
+            values = _row_values(task, metric, name, results)
             error = entry.get(f"{metric}_stderr,{name}")
-            samples = [sample for sample in results["samples"].get(task, []) if sample["filter"] == name]
-            if metric in PERPLEXITIES and samples:
-                figures[label] = _perplexity(task, metric, value, [sample[metric] for sample in samples])
-            elif isinstance(error, float) and math.isfinite(error):
-                margin = 1.96 * float(error)
-                figures[label] = Figure(value, num_rows, value - margin, value + margin)
+            error = float(error) if isinstance(error, float) and math.isfinite(error) else None
+            value, num_rows = float(value), entry["sample_len"]
+            if metric in PERPLEXITIES and values:
+                figures[label] = _perplexity(task, metric, value, values)
+            elif metric not in SHARES:
+                figures[label] = _with_error(value, num_rows, error)
+            elif values and abs(sum(values) / len(values) - value) <= SAME_FIGURE:
+                figures[label] = mean_figure(values, task)
+            else:
+                figures[label] = share_figure(value, num_rows, error)
     return figures
 
 
+def share_figure(value: float, num_rows: int, error: float | None) -> Figure:
+    """
+    A share with an interval of which only the standard error is known, as of a mean over tasks of different sizes: the
+    exact one of as many independent rows as would have this error (Korn and Graubard, 1998).
+
+    Args:
+        value (`float`): In [0, 1].
+        num_rows (`int`): Rows that it is made of. At 0 and at 1, where the error is 0, the interval is of them.
+        error (`float`, *optional*): Its standard error; `None` gives no interval.
+    """
+    if error is None:
+        return Figure(value, num_rows)
+    num_effective = value * (1 - value) / error**2 if error else num_rows
+    return Figure(value, num_rows, *share_bounds(value * num_effective, num_effective))
+
+
+def _with_error(value: float, num_rows: int, error: float | None) -> Figure:
+    """Student's interval of a figure whose range is not known."""
+    if not error or num_rows < 2:
+        return Figure(value, num_rows)
+    margin = student_quantile(num_rows) * error
+    return Figure(value, num_rows, value - margin, value + margin)
+
+
+def _row_values(task: str, metric: str, name: str, results: dict) -> list:
+    """The metric of each row of a task, or of all tasks of a group; `name` is that of lm-eval's filter."""
+    members = results.get("group_subtasks", {}).get(task)
+    if members:
+        return [value for member in members for value in _row_values(member, metric, name, results)]
+    samples = [sample for sample in results["samples"].get(task, []) if sample["filter"] == name]
+    return [sample[metric] for sample in samples if metric in sample]
+
+
 def _perplexity(task: str, metric: str, value: float, pairs: list[tuple[float, int]]) -> Figure:
-    """A document's log-likelihood and length are drawn together."""
+    """A document's log-likelihood and length are weighed together."""
     log_likelihoods, lengths = np.array(pairs, dtype=np.float64).T
     means = resampled_means(log_likelihoods, task) / resampled_means(lengths, task)
     return interval_figure(value, len(pairs), PERPLEXITIES[metric](means))

@@ -1,6 +1,6 @@
 """Two models on the same rows: by how much they differ, and whether that can be chance."""
 
-from .statistics import PairedComparison, paired_comparison
+from .statistics import LOSS, UNIT, PairedComparison, paired_comparison
 from .suites.base import match_rows
 
 
@@ -47,7 +47,8 @@ def compare_rows(first: list[dict], second: list[dict]) -> dict[str, PairedCompa
         for field in FIELDS:
             pairs = [(one.get(field), other.get(field)) for one, other in zip(own, others)]
             if all(None not in pair for pair in pairs):
-                compared[f"{split}_{field}"] = paired_comparison(*zip(*pairs), sample=split)
+                bounds = LOSS if field.endswith("_nll") else UNIT
+                compared[f"{split}_{field}"] = paired_comparison(*zip(*pairs), sample=split, bounds=bounds)
     if not compared:
         raise ValueError("The two models' rows have no field in common that can be compared.")
     return compared

@@ -15,7 +15,7 @@ from .columns import Column
 from .metrics.answer_probability.formula import answer_probabilities, normalised_answer_probabilities
 from .metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores
 from .runs import Run, row_counts, shown_columns
-from .statistics import Figure, paired_comparison
+from .statistics import OPEN, Figure, paired_comparison
 
 
 SIGNIFICANCE = 0.05
@@ -187,7 +187,7 @@ def _strength(key: str, run: Run, reference: Run) -> tuple[str, str]:
     values = [_row_values(key, each) for each in (run, reference)]
     if values[0] and values[0].keys() == values[1].keys() and len(values[0]) > 1:
         places = sorted(values[0])
-        test = paired_comparison(*([each[place] for place in places] for each in values), key)
+        test = paired_comparison(*([each[place] for place in places] for each in values), key, OPEN)
         strength = "clear" if test.p_value <= SIGNIFICANCE else "none"
         p_text = "p < 0.001" if test.p_value < 0.001 else f"p = {test.p_value:.2g}"
         return strength, f"paired test, {p_text}"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from soul_eval.attacks.recovered import VALUES, recoveries, share_recovered
-from soul_eval.statistics import Figure
+from soul_eval.statistics import OPEN, Figure
 
 
 def test_the_share_is_a_quotient_of_means():
@@ -31,9 +31,19 @@ def test_a_resample_draws_the_same_rows_of_all_models():
     rng = np.random.default_rng(0)
     unlearned = rng.uniform(0, 0.4, 50)
     target = unlearned + rng.uniform(0.1, 0.6, 50)
-    found = share_recovered((unlearned + target) / 2, unlearned, target).share
+    found = share_recovered((unlearned + target) / 2, unlearned, target, bounds=OPEN).share
     # Quotients of sums of 50 numbers in float64.
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-12)
+
+
+def test_an_attack_that_changes_no_row_leaves_doubt_about_the_next():
+    """Catches `0.00 [0.00, 0.00]` of four rows, and an interval that does not shrink as rows become more."""
+    for num_rows in (4, 40):
+        share = share_recovered([0.1] * num_rows, [0.1] * num_rows, [0.9] * num_rows).share
+        # One row more has a weight w of Beta(1, n), changes by 1, and adds nothing to the 0.8 that was forgotten.
+        weight = 1 - 0.025 ** (1 / num_rows)
+        end = weight / (0.8 * (1 - weight))
+        assert share.value == 0 and [share.low, share.high] == pytest.approx([-end, end], rel=0.1)
 
 
 def test_nothing_forgotten_gives_no_share_but_a_reason():
@@ -69,10 +79,10 @@ def test_intervals_hold_the_true_share_as_often_as_they_say():
         lost = rng.beta(2, 2, 60)
         gained = true * lost + rng.normal(0, 0.1, 60)
         unlearned = rng.uniform(0, 1, 60)
-        share = share_recovered(unlearned + gained, unlearned, unlearned + lost).share
+        share = share_recovered(unlearned + gained, unlearned, unlearned + lost, bounds=OPEN).share
         held += share.low <= true <= share.high
         widths.append(share.high - share.low)
-    # 95% of 400 runs is 380, give or take 4.4; percentile intervals of 60 rows hold a little less.
+    # 95% of 400 runs is 380, give or take 4.4; plain percentiles of 60 rows hold a little less.
     assert 0.92 <= held / num_runs <= 0.98
     # The delta method: the standard deviation of (gained - true * lost) over the mean of lost.
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.1 / math.sqrt(60) / 0.5, rel=0.1)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
 from peft import LoraConfig, get_peft_model
+from scipy.stats import beta, binomtest, t
 from subprocesses import TWO_PROCESSES, python, succeeded
 from test_eval_scoring import byte_tokenizer, small_llama
 from test_eval_tofu import write_dataset
 
 from soul_eval.__main__ import main
-from soul_eval.general import SOUL_TASKS, TASK_SETS, general_ability
+from soul_eval.general import SOUL_TASKS, TASK_SETS, _figures, general_ability, share_figure
 from soul_eval.rows import read_rows
 from soul_eval.tasks import TASKS_PATH
 from soul_trainer.formats import encode, render
@@ -141,16 +143,50 @@ def test_figures_are_lm_evals_own(folder, tokenizer, num_fewshot, limit):
     num_rows = limit or len(THINGS)
     for name in ("toy_choice", "toy_choice_too", "toy_group"):
         figure, entry = figures[f"{name}/acc"], expected[name]
-        error = entry["acc_stderr,none"]
         assert figure.value == entry["acc,none"]
         assert figure.num_rows == (2 * num_rows if name == "toy_group" else num_rows)
-        assert [figure.low, figure.high] == pytest.approx([figure.value - 1.96 * error, figure.value + 1.96 * error])
+        exact = binomtest(round(figure.value * figure.num_rows), figure.num_rows).proportion_ci(0.95)
+        assert [figure.low, figure.high] == pytest.approx([exact.low, exact.high])
     assert 0 < figures["toy_group/acc"].value < 1
     for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         figure = figures[f"toy_text/{metric}"]
         assert figure.value == pytest.approx(expected["toy_text"][f"{metric},none"], rel=ROUNDING)
         assert figure.low < figure.value < figure.high and figure.num_rows == num_rows
     assert {name for name in figures if "words" in name} == {"toy_words/exact_match", "toy_words/exact_match,whole"}
+
+
+def results(value, error, **more):
+    """What lm-eval gives of a task of four rows, of which only some have hits."""
+    entry = {"acc,none": value, "acc_stderr,none": error, "sample_len": 4, "name": "toy", **more}
+    return {"results": {"toy": entry}, "samples": {}}
+
+
+def test_an_accuracy_stays_between_0_and_1():
+    """Catches ±1.96 standard errors, which of one hit in four rows reach from -0.24 to 0.74, and of none are 0."""
+    (quarter,) = _figures(results(0.25, 0.25)).values()
+    # As many independent rows as have this error: 0.25 * 0.75 / 0.25**2 = 3.
+    bounds = [float(beta.ppf(0.025, 0.75, 3.25)), float(beta.ppf(0.975, 1.75, 2.25))]
+    assert [quarter.low, quarter.high] == pytest.approx(bounds) and 0 < quarter.low < 0.25 < quarter.high < 1
+    for value in (0.0, 1.0):
+        (end,) = _figures(results(value, 0.0)).values()
+        low, high = (0.0, 1 - 0.025**0.25) if value == 0 else (0.025**0.25, 1.0)
+        assert [end.low, end.high] == pytest.approx([low, high])
+    assert share_figure(0.5, 4, None).low is None
+
+
+def test_what_is_no_share_has_students_interval():
+    """Catches a figure of unknown range that is cut off at 1, or has the quantile of endless rows."""
+    found = _figures(results(0.5, 0.25, **{"bleu,none": 40.0, "bleu_stderr,none": 2.0, "chrf,none": 7.0}))
+    margin = 2 * float(t.ppf(0.975, 3))
+    assert [found["toy/bleu"].low, found["toy/bleu"].high] == pytest.approx([40 - margin, 40 + margin])
+    assert found["toy/chrf"].low is None
+
+
+def test_lm_evals_own_table_has_its_header():
+    """Catches a pytablewriter that is too old for lm-eval: its header is A, B, C then."""
+    text = make_table({"results": {"toy": {"alias": "toy", "acc,none": 0.5}}, "versions": {}, "higher_is_better": {}})
+    head = text.splitlines()[0]
+    assert head.split("|")[1].strip() == "Tasks" and "Metric" in head and "Stderr" in head
 
 
 def test_perplexity_is_of_words(folder, tokenizer):

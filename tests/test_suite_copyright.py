@@ -262,7 +262,7 @@ def test_rows_without_columns_or_of_other_splits():
     """Catches figures of columns that are not there, a mean over splits, and a reference of other passages."""
     rows = [{"split": "retain_7", "index": index, "bleu": index / 4, "prompt": f"p{index}"} for index in range(3)]
     assert summarise(rows).keys() == {"retain_leak_bleu_7"} and summarise(rows)["retain_leak_bleu_7"].value == 0.25
-    assert summarise(rows[:1])["retain_leak_bleu_7"] == Figure(0.0, 1)
+    assert summarise(rows[:1])["retain_leak_bleu_7"] == Figure(0.0, 1, 0.0, pytest.approx(0.975))
     for split in ("forget", "forget_x", "other_7"):
         with pytest.raises(ValueError, match="`split` must be forget_<k> or retain_<k>"):
             summarise([{**rows[0], "split": split}])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..metrics.answer_probability.formula import answer_probabilities
-from ..statistics import Figure, interval_figure, mean_figure, resampled_means
+from ..statistics import TAIL, UNIT, Figure, interval_figure, mean_figure, resampled_means
 from ..suites.base import column, match_rows
 
 
@@ -52,9 +52,12 @@ def share_recovered(
     target: Sequence[float],
     sample: str = "",
     least_forgotten: float = LEAST_FORGOTTEN,
+    bounds: tuple[float | None, float | None] = UNIT,
 ) -> Recovery:
     """
-    The share recovered, from one value a row. A resample of the interval draws the same rows of all three models.
+    The share recovered, from one value a row. A resample of the interval weighs the rows of all three models alike. As
+    in [`~statistics.mean_figure`], it has one row more, which changes most under the attack: in the one direction for
+    the lower end, in the other for the upper.
 
     There is no share where the target is not ahead of the unlearned model by `least_forgotten` in the mean, or not in
     every resample: a quotient by nearly nothing is noise, and its percentiles are no interval (Fieller, 1954).
@@ -65,6 +68,8 @@ def share_recovered(
         target (`Sequence[float]` of length `rows`): Of the target.
         sample (`str`, *optional*): Name of the rows; see [`~statistics.mean_figure`].
         least_forgotten (`float`, *optional*, defaults to 0.01): More than 0.
+        bounds (`tuple[float | None, float | None]`, *optional*, defaults to `(0.0, 1.0)`):
+            Least and largest value that a row can have; where one is `None`, resamples have no row more.
 
     Returns:
         [`Recovery`]
@@ -83,7 +88,7 @@ def share_recovered(
         is_finite = np.isfinite(values)
         if not is_finite.all():
             raise ValueError(f"`{name}` must be finite, but is {values[~is_finite][0]} at place {is_finite.argmin()}.")
-    figures = {name: mean_figure(values, sample) for name, values in groups.items()}
+    figures = {name: mean_figure(values, sample, bounds) for name, values in groups.items()}
     gained, lost = (groups[name] - groups["unlearned"] for name in ("attacked", "target"))
     forgotten = lost.mean()
     means = f"the target has {figures['target'].value:.3g} and the unlearned model {figures['unlearned'].value:.3g}"
@@ -92,8 +97,18 @@ def share_recovered(
     resampled_lost = resampled_means(lost, sample)
     if resampled_lost.min() <= 0:
         return Recovery(**figures, reason=f"{means}, but it is not ahead in every resample of the rows")
-    shares = resampled_means(gained, sample) / resampled_lost
-    return Recovery(**figures, share=interval_figure(float(gained.mean() / forgotten), len(gained), shares))
+    share, num_rows = float(gained.mean() / forgotten), len(gained)
+    if None in bounds or num_rows < 2:
+        shares = resampled_means(gained, sample) / resampled_lost
+        return Recovery(**figures, share=interval_figure(share, num_rows, shares))
+    span = bounds[1] - bounds[0]
+    # The row that moves the quotient most changes from end to end under the attack, and has nothing forgotten.
+    resampled_lost = resampled_means(lost, sample, 0.0)
+    low, high = (
+        float(np.quantile(resampled_means(gained, sample, change) / resampled_lost, tail))
+        for change, tail in ((-span, TAIL), (span, 1 - TAIL))
+    )
+    return Recovery(**figures, share=Figure(share, num_rows, min(low, share), max(high, share)))
 
 
 def probability(rows: list[dict]) -> np.ndarray | None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..extras import require
-from ..statistics import CONFIDENCE
+from ..statistics import student_bounds
 from .records import Run
 
 
@@ -25,7 +24,8 @@ class PairedDifference:
 
     Attributes:
         mean (`float`): Of the second's values less the first's of the same seed.
-        low (`float`, *optional*): Lower end of the 95% interval of the mean; `None` with fewer than two seeds.
+        low (`float`, *optional*):
+            Lower end of the 95% interval of the mean; `None` with fewer than two seeds, or differences all alike.
         high (`float`, *optional*): Upper end.
         num_seeds (`int`): Seeds that both have.
     """
@@ -243,8 +243,4 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         raise ValueError(f"No seed is in both: {sorted(first)} and {sorted(second)}.")
     differences = np.array([second[seed] - first[seed] for seed in seeds], dtype=np.float64)
     mean = float(differences.mean())
-    if len(seeds) < 2:
-        return PairedDifference(mean, None, None, len(seeds))
-    quantile = require("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
-    margin = float(quantile * differences.std(ddof=1) / np.sqrt(len(seeds)))
-    return PairedDifference(mean, mean - margin, mean + margin, len(seeds))
+    return PairedDifference(mean, *student_bounds(differences), len(seeds))

@@ -167,8 +167,8 @@ def verdicts(rows: Sequence[Row], family: str, reference: str, level: float | No
 
     Returns:
         `dict[str, bool | None]`: By objective on which both have a row, whether all of the paired difference's
-            interval is above 0; `None` if there is no interval, for want of seeds. `False` is not "worse": swap the
-            families to ask that.
+            interval is above 0; `None` if there is no interval, for want of seeds or of differences between them.
+            `False` is not "worse": swap the families to ask that.
 
     Raises:
         ValueError: If the rows are of several tasks, or have no such level, or no objective with both families.

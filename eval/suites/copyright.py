@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..rows import check_rows
-from ..statistics import Figure, mean_figure
+from ..statistics import LOSS, UNIT, Figure, mean_figure
 from .base import DETAILS, GENERATION, Part, Suite, column, match_rows
 from .membership import token_fields
 from .memorization import memorization_values
@@ -165,7 +165,8 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
             raise ValueError(f"`split` must be forget_<k> or retain_<k>, but row {members[0]['index']} has {split!r}.")
         for name, values in _row_values(members).items():
             # Passages are the same for all lengths, and so are the resamples.
-            figures[f"{PREFIXES[side]}{name}_{length}"] = mean_figure(values, side)
+            bounds = LOSS if name == "continuation_nll" else UNIT
+            figures[f"{PREFIXES[side]}{name}_{length}"] = mean_figure(values, side, bounds)
     return figures
 
 

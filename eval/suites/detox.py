@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..classification import FLUENCY_MODEL, TOXICITY_MODEL
 from ..rows import check_rows
-from ..statistics import Figure, mean_figure
+from ..statistics import LOSS, Figure, mean_figure
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .sources import load_split, load_texts, spread
 
@@ -182,7 +182,7 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
     values["empty_rate"] = generations and [not text for text in generations]
     figures = {name: mean_figure(found, SPLIT) for name, found in values.items() if found}
     if losses := column(texts, "answer_nll"):
-        figures["retain_nll"] = mean_figure(losses, RETAIN)
+        figures["retain_nll"] = mean_figure(losses, RETAIN, LOSS)
     return figures
 
 

@@ -17,7 +17,7 @@ from ..metrics.model_utility.formula import model_utility
 from ..metrics.rouge_overlap.formula import rouge_scores
 from ..metrics.truth_ratio.formula import log_truth_ratios, truth_ratio_scores, truth_ratios, truth_shares
 from ..rows import check_rows
-from ..statistics import Figure, distance_bounds, interval_figure, mean_figure, resampled_means
+from ..statistics import TAIL, UNIT, Figure, distance_bounds, mean_figure, resampled_means
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
@@ -281,11 +281,15 @@ def _utility(values: dict[str, np.ndarray]) -> dict[str, Figure]:
     nine = [f"{split}_{name}" for split in UTILITY_SPLITS for name in FIGURES]
     if not set(nine) <= values.keys():
         return {}
-    # The rows of a split are drawn together, so that what hangs together in them stays together.
-    draws = np.stack([resampled_means(values[name], name.partition("_")[0]) for name in nine])
     num_rows = sum(len(values[f"{split}_probability"]) for split in UTILITY_SPLITS)
     utility = model_utility([values[name].mean() for name in nine])
-    return {"model_utility": interval_figure(utility, num_rows, [model_utility(draw) for draw in draws.T])}
+    ends = []
+    # The utility rises with each of the nine, so that its interval ends where theirs do, as `mean_figure` has them.
+    for one_more, tail in zip(UNIT, (TAIL, 1 - TAIL)):
+        # The rows of a split are weighed together, so that what hangs together in them stays together.
+        draws = np.stack([resampled_means(values[name], name.partition("_")[0], one_more) for name in nine])
+        ends.append(float(np.quantile([model_utility(draw) for draw in draws.T], tail)))
+    return {"model_utility": Figure(utility, num_rows, min(ends[0], utility), max(ends[1], utility))}
 
 
 def _forget_quality(forget_rows: list[dict], reference_rows: list[dict]) -> dict[str, Figure]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from ..extras import require
 from ..rows import check_rows
-from ..statistics import CONFIDENCE, Figure
+from ..statistics import Figure, mean_figure
 from .base import Part, Suite, by_split, column, match_rows
 from .sources import load_rows, require_texts
 
@@ -159,7 +158,8 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
     split_rows = by_split(rows, SPLITS)
     hits = {split: column(split_rows[split], "is_correct") or [] for split in SPLITS}
     hits["mmlu"] = [hit for split in MMLU_SPLITS for hit in hits[split]]
-    return {f"{name}_accuracy": _share(hits[name]) for name in (*WMDP_SPLITS, "mmlu", *MMLU_SPLITS) if hits[name]}
+    names = (*WMDP_SPLITS, "mmlu", *MMLU_SPLITS)
+    return {f"{name}_accuracy": mean_figure(hits[name]) for name in names if hits[name]}
 
 
 def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:
@@ -167,11 +167,6 @@ def match_reference(rows: list[dict], reference_rows: list[dict]) -> list[dict]:
     check_rows(reference_rows)
     splits = tuple(split for split, found in by_split(rows, SPLITS).items() if found)
     return match_rows(rows, reference_rows, splits, "question")
-
-
-def _share(hits: list[bool]) -> Figure:
-    interval = require("scipy.stats").binomtest(sum(hits), len(hits)).proportion_ci(CONFIDENCE)
-    return Figure(sum(hits) / len(hits), len(hits), float(interval.low), float(interval.high))
 
 
 def _chosen(argument: str, names: str, known: tuple[str, ...]) -> list[str]:

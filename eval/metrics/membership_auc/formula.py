@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from soul_eval.extras import require
-from soul_eval.statistics import CONFIDENCE, NUM_RESAMPLES, Figure, interval_figure, random_generator
+from soul_eval.statistics import NUM_RESAMPLES, TAIL, Figure, interval_figure, random_generator, share_bounds
 
 
 # Resamples that are in memory at a time: 200 of 5,000 rows are 8 MB.
@@ -59,8 +59,8 @@ def auc(member_scores: Sequence[float], non_member_scores: Sequence[float], samp
     if num_pairs < 2:
         return Figure(value, num_rows)
     if value in (0.0, 1.0):
-        return Figure(value, num_rows, *_share_bounds(round(value) * num_pairs, num_pairs, (1 - CONFIDENCE) / 2))
-    return interval_figure(value, num_rows, resampled_auc(member_scores, non_member_scores, sample))
+        return Figure(value, num_rows, *share_bounds(round(value) * num_pairs, num_pairs))
+    return interval_figure(value, num_rows, resampled_auc(member_scores, non_member_scores, sample), num_pairs)
 
 
 def resampled_auc(member_scores: Sequence[float], non_member_scores: Sequence[float], sample: str = "") -> np.ndarray:
@@ -120,19 +120,18 @@ def true_positive_rate(
         raise ValueError(f"`false_positive_rate` must be in [0, 1], but it is {false_positive_rate}.")
     members, non_members = _scores(member_scores, non_member_scores)
     binomial = require("scipy.stats").binom(len(non_members), false_positive_rate)
-    missed = (1 - CONFIDENCE) / 2
     # Non-members above the true threshold: hardly ever `few` or fewer, hardly ever more than `many`.
-    few = binomial.ppf(THRESHOLD_PART * missed)
-    few -= binomial.cdf(few) > THRESHOLD_PART * missed
-    many = binomial.ppf(1 - THRESHOLD_PART * missed)
+    few = binomial.ppf(THRESHOLD_PART * TAIL)
+    few -= binomial.cdf(few) > THRESHOLD_PART * TAIL
+    many = binomial.ppf(1 - THRESHOLD_PART * TAIL)
     # 0.07 * 100 is 7.000000000000001 in floating point, and 0.29 * 100 is 28.999999999999996.
     allowed = math.floor(false_positive_rate * len(non_members) + 1e-9)
     found, fewest, most = (_num_found(members, non_members, int(above) + 1) for above in (allowed, few, many))
     return Figure(
         found / len(members),
         len(members) + len(non_members),
-        _share_bounds(fewest, len(members), (1 - THRESHOLD_PART) * missed)[0],
-        _share_bounds(most, len(members), (1 - THRESHOLD_PART) * missed)[1],
+        share_bounds(fewest, len(members), (1 - THRESHOLD_PART) * TAIL)[0],
+        share_bounds(most, len(members), (1 - THRESHOLD_PART) * TAIL)[1],
     )
 
 
@@ -141,13 +140,6 @@ def _num_found(members: np.ndarray, non_members: np.ndarray, k: int) -> int:
     if k < 1:
         return 0
     return len(members) if k > len(non_members) else int((members > non_members[-k]).sum())
-
-
-def _share_bounds(count: int, total: int, missed: float) -> tuple[float, float]:
-    """Bounds of a share of which `count` of `total` were seen, each missed with probability `missed` at most."""
-    quantile = require("scipy.stats").beta.ppf
-    low = float(quantile(missed, count, total - count + 1)) if count else 0.0
-    return low, float(quantile(1 - missed, count + 1, total - count)) if count < total else 1.0
 
 
 def _places(members: np.ndarray, non_members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

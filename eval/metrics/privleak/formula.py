@@ -69,11 +69,12 @@ def privleak(
     if own.low is None or (golds == 1).any():
         return Figure(value, own.num_rows)
     areas = resampled_auc(member_scores, non_member_scores, sample)
-    figure = interval_figure(value, own.num_rows, _leak(areas, golds))
+    figure = interval_figure(value, own.num_rows, _leak(areas, golds), min(counts[:2]))
     if own.value in (0.0, 1.0):
         # The unlearned model's part does not vary between resamples, and its own interval says more.
-        low, high = _leak(own.high, gold_area), _leak(own.low, gold_area)
-        return Figure(value, own.num_rows, min(figure.low, low), max(figure.high, high))
+        ends = [_leak(end, gold_area) for end in (own.low, own.high)]
+        ends += [end for end in (figure.low, figure.high) if end is not None]
+        return Figure(value, own.num_rows, min(ends), max(ends))
     return figure
 
 
