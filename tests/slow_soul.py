@@ -35,8 +35,8 @@ class DenseCurvature:
     def __init__(self, dense: np.ndarray):
         self.dense, self.mean = dense, float(np.trace(dense) / len(dense))
 
-    def precondition(self, matrix: torch.Tensor, damping: float, mean: float) -> torch.Tensor:
-        system = self.dense / mean + damping * np.eye(len(self.dense))
+    def precondition(self, matrix: torch.Tensor, damping: float, mean: torch.Tensor) -> torch.Tensor:
+        system = self.dense / float(mean) + damping * np.eye(len(self.dense))
         solved = np.linalg.solve(system, matrix.double().flatten().numpy())
         return torch.from_numpy(solved).view(matrix.shape).to(matrix.dtype)
 

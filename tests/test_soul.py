@@ -7,7 +7,9 @@ import pytest
 import torch
 from slow_soul import SECOND_GROUP, advance, gradients, make_soul, scene, settings_of
 from sophia_scenes import SHAPES, assert_same, make_params, numbers
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from soul_trainer.curvature import KroneckerCurvature
 from soul_trainer.optim import Soul
 
 
@@ -200,6 +202,46 @@ def test_the_length_of_the_forget_gradient_does_not_matter(rule, scaling):
             optimizer.step()
         found.append([param.detach() for param in params])
     torch.testing.assert_close(*found, **ROUNDING)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host reads out of tensors, for each of which it would wait for a GPU."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        # These are kept on the host, whatever the device.
+        names = ("step", "hessian_weight")
+        self.known = {state[name].data_ptr() for state in optimizer.state.values() for name in names if name in state}
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].data_ptr() not in self.known
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize(
+    ("scaling", "scope"), [("tensor", "tensor"), ("trust_region", "tensor"), ("trust_region", "model")]
+)
+@pytest.mark.parametrize("rule", ["none", "diagonal", "kronecker"])
+def test_a_step_reads_nothing_from_the_device(rule, scaling, scope, foreach):
+    """Catches a host that waits for the device at every tensor or kernel, where a length, a mean or a size is read."""
+    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(8)]
+    optimizer = make_soul(params, settings_of(rule, scaling, scope, foreach=foreach))
+    basis = torch.eye(3), torch.eye(2)
+    values = torch.ones(3, 2), torch.zeros(3), torch.zeros(2), torch.zeros(())
+    if rule == "kronecker":
+        optimizer.matrices = {str(place): KroneckerCurvature(basis[1], basis[0], *values) for place in range(4)}
+    for step in range(3):
+        gradients(params, step)
+        if rule != "none" and step == 0:
+            optimizer.update_hessian(2.0)
+        optimizer.update_forget_momentum()
+        with HostReads(optimizer) as reads:
+            optimizer.step()
+        # The means of a new Hessian are read once.
+        assert reads.count == 0 or step == 0
 
 
 @pytest.mark.parametrize(

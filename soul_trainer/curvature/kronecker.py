@@ -207,7 +207,7 @@ class KroneckerCurvature:
         return float(self.values.sum()) / trace if trace > 0 else 1.0
 
     @torch.no_grad()
-    def precondition(self, matrix: Tensor, damping: float, mean: float | None = None) -> Tensor:
+    def precondition(self, matrix: Tensor, damping: float, mean: float | Tensor | None = None) -> Tensor:
         """
         (H / mean + damping)^-1 applied to a matrix, the weight's gradient or a momentum of it: linear, symmetric and
         positive.
@@ -215,16 +215,22 @@ class KroneckerCurvature:
         Args:
             matrix (`torch.FloatTensor` of the weight's shape): What to precondition.
             damping (`float`): > 0, in units of `mean`.
-            mean (`float`, *optional*):
+            mean (`float` or `torch.Tensor` of shape `()`, *optional*):
                 The curvature that counts as 1, >= 0. By default this weight's own mean, which takes away the
                 differences between weights; another one, common to many, keeps them. At 0, that of a weight that no
-                gradient has ever reached, the curvature counts as 0.
+                gradient has ever reached, the curvature counts as 0. A tensor is not read, so that the host need not
+                wait for the device.
 
         Returns:
             `torch.FloatTensor` of the weight's shape.
         """
         mean = self.mean if mean is None else mean
-        scale = 1.0 / mean if mean > 0 else 0.0
+        if isinstance(mean, Tensor):
+            place = None if mean.device.type == "cpu" else self.values.device  # kernels take a number of the host's
+            mean = mean.to(place, self.values.dtype)
+            scale = torch.where(mean > 0, mean.reciprocal(), 0.0)
+        else:
+            scale = 1.0 / mean if mean > 0 else 0.0
         return self._apply(matrix, lambda values: 1.0 / (values * scale + damping))
 
     @torch.no_grad()

@@ -32,8 +32,8 @@ class MatrixCurvature(Protocol):
 
     mean: float
 
-    def precondition(self, matrix: Tensor, damping: float, mean: float) -> Tensor:
-        """`(H / mean + damping)^-1 matrix`, of the matrix's shape."""
+    def precondition(self, matrix: Tensor, damping: float, mean: float | Tensor) -> Tensor:
+        """`(H / mean + damping)^-1 matrix`, of the matrix's shape; a mean on the device need not be read."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ def kronecker_directions(bucket: Bucket, momentum: str, means: list[Tensor]) -> 
     for place, (param, section) in enumerate(bucket.owners):
         matrix = bucket.matrices.get(section.name)
         if matrix is not None:
-            precondition = partial(matrix.precondition, damping=damping, mean=float(means[place]))
+            precondition = partial(matrix.precondition, damping=damping, mean=means[place])
             directions[place] = bucket.partition.apply(param, section, momenta[place], precondition)
     return directions
 

@@ -46,11 +46,13 @@ def scale_to_trust_region(buckets: list[Bucket], directions: list[list[Tensor]],
         directions (`list[list[torch.Tensor]]`): Of their sections.
         momentum (`str`): Name of the state that the directions came from.
     """
-    total = 0.0
+    totals = []
     for bucket, parts in zip(buckets, directions):
         products = [(part * other).sum() for part, other in zip(parts, bucket.state(momentum))]
-        total += float(bucket.sum(products).sum(dtype=torch.float64)) if products else 0.0
-    factor = 1 / max(total**0.5, LEAST)
-    for parts in directions:
-        torch._foreach_mul_(parts, factor)
+        totals += [bucket.sum(products).sum(dtype=torch.float64)] if products else []
+    if totals:
+        # It stays on the device: to read it, the host would wait for every kernel before it.
+        length = sum(total.to(totals[0].device) for total in totals).sqrt().clamp_min(LEAST)
+        for parts in filter(None, directions):
+            torch._foreach_mul_(parts, length.reciprocal().to(parts[0]))
     return directions

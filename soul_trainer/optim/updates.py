@@ -14,10 +14,11 @@ class Updates:
 
     def __init__(self):
         self._means: dict[tuple[int, ...], list[Tensor]] = {}
+        self._model_means: dict[tuple[int, ...], Tensor] = {}
 
     def forget(self) -> None:
         """To be called when a Hessian has changed."""
-        self._means = {}
+        self._means, self._model_means = {}, {}
 
     def halves(self, buckets: list[Bucket]) -> Iterator[tuple[Bucket, list[list[Tensor]]]]:
         """Each bucket with the scaled directions of its halves, forget first if there are two."""
@@ -60,14 +61,18 @@ class Updates:
         return self._means[key]
 
     def _model_mean(self, buckets: list[Bucket]) -> Tensor:
-        """The mean of H over all tensors."""
+        """The mean of H over all tensors, which is read from the device once for each Hessian."""
+        key = tuple(id(param) for bucket in buckets for param in bucket.params)
+        if key in self._model_means:
+            return self._model_means[key]
         total = count = 0.0
         for bucket in buckets:
             sizes = [float(section.shape.numel()) for section in bucket.sections]
             means = zip(self._tensor_means(bucket), bucket.hessian_weights(), sizes)
             total += sum(float(mean) / unit * size for mean, unit, size in means)
             count += sum(sizes)
-        return torch.tensor(max(total / count, LEAST))
+        self._model_means[key] = torch.tensor(max(total / count, LEAST))
+        return self._model_means[key]
 
     @staticmethod
     def joined(bucket: Bucket, halves: list[list[Tensor]]) -> list[Tensor]:
