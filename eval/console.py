@@ -43,6 +43,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]!r}, {nearest(unknown[0], known)}")
         return found, unknown
 
+    def format_help(self) -> str:
+        """The text of `--help`, which is the same in all versions of Python."""
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        named = [(*action.option_strings[:1], action.metavar or action.dest.upper()) for action in needed]
+        self.usage = " ".join([self.prog, *(" ".join(each) for each in named), "[--flag VALUE ...]"])
+        return super().format_help()
+
     def error(self, message: str) -> None:
         """Prints the message and ends the process with status 2."""
         self.exit(MISUSED, misuse(self.prog, message) + "\n")
@@ -129,13 +136,13 @@ def help_text(folder: Path, name: str, command: str) -> str | None:
 
     Args:
         folder (`Path`): Of `<name>.txt` files.
-        name (`str`): Of the file.
+        name (`str`): Of the file, with spaces for underscores.
         command (`str`): What the text is to call the command.
 
     Returns:
         `str`: `None` if there is no such file.
     """
-    path = folder / f"{name}.txt"
+    path = folder / f"{name.replace(' ', '_')}.txt"
     return path.read_text(encoding="utf-8").replace(COMMAND, command) if path.is_file() else None
 
 

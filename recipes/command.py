@@ -29,14 +29,17 @@ class Command(NamedTuple):
         function (`str`): Takes the list of arguments; an integer that it returns is the exit status.
         summary (`str`): What it does, on one line.
         is_shared (`bool`): Whether several processes may share its work.
+        parts (`tuple[str, ...]`): What comes first among its arguments, each with a help of its own.
     """
 
     module: str
     function: str
     summary: str
     is_shared: bool = False
+    parts: tuple[str, ...] = ()
 
 
+DIFFERENCE = "Save what unlearning changed, or apply it to another version."
 COMMANDS = {
     "unlearn": Command("soul_recipes.unlearn", "main", "Make a model forget rows of your own.", True),
     "finetune": Command("soul_recipes.finetune", "command", "Train a target or a gold model on rows.", True),
@@ -52,16 +55,21 @@ COMMANDS = {
     "summarise": Command(EVALUATION, "main", "Print the figures of evaluated rows."),
     "compare": Command(EVALUATION, "main", "Test whether two models differ on the same rows."),
     "report": Command(EVALUATION, "main", "Write a page about evaluated rows."),
+    "chat": Command(EVALUATION, "main", "Talk to models before and after, side by side."),
+    "verify": Command(EVALUATION, "main", "Check the record of a run."),
+    "record": Command(EVALUATION, "main", "Complete or sign the record of a run."),
+    "reapply": Command(EVALUATION, "main", "Make a later version of a model forget again."),
     "curvature": Command("soul_trainer.curvature.command", "command", "Measure curvature, for later requests.", True),
     "influence": Command("soul_trainer.influence_command", "command", "Unlearn without training, by curvature."),
+    "difference": Command("soul_trainer.difference", "command", DIFFERENCE, parts=("save", "apply")),
     "consolidate": Command("soul_trainer.consolidate", "command", "Merge a sharded checkpoint into one."),
     "clean": Command("soul_trainer.clean", "command", "List or delete what killed runs left behind."),
 }
 GROUPS = {
     "Unlearn": ("unlearn", "tofu", "muse", "wmdp", "copyright", "detox", "influence"),
-    "Evaluate": ("eval", "attack", "summarise", "compare", "report"),
+    "Evaluate": ("eval", "attack", "summarise", "compare", "report", "chat"),
     "Prepare and search": ("finetune", "curvature", "search", "study"),
-    "Look after files": ("consolidate", "clean"),
+    "Afterwards": ("verify", "record", "difference", "reapply", "consolidate", "clean"),
 }
 
 
@@ -86,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return refuse_unknown(name, COMMANDS, PROGRAM)
     called, wants_help = f"{PROGRAM} {name}", bool(set(rest) & set(HELP))
-    if wants_help and (text := help_text(HELP_TEXTS, name, called)):
+    topic = f"{name} {rest[0]}" if rest and rest[0] in COMMANDS[name].parts else name
+    if wants_help and (text := help_text(HELP_TEXTS, topic, called)):
         show(text + own_flags(name))
         return 0
     try:

@@ -23,7 +23,7 @@ from soul_trainer.records import write_whole
 
 # How docstrings call the command.
 _SCRIPT = r"(accelerate launch|python) recipes/{name}\.py"
-_MODULE = r"python -m soul_(eval {name}|trainer\.{name})\b"
+_MODULE = r"python -m soul_(eval[ .]{name}|trainer\.{name})\b"
 
 
 def help_texts() -> dict[Path, str]:
@@ -38,16 +38,18 @@ def help_texts() -> dict[Path, str]:
         if command.module != EVALUATION:
             function = getattr(import_module(command.module), command.function)
             texts[HELP_TEXTS / f"{name}.txt"] = _printed(name, function)
+            for part in command.parts:
+                texts[HELP_TEXTS / f"{name}_{part}.txt"] = _printed(name, function, part)
     for name in (*evaluation.SUITES, *evaluation.COMMANDS):
         texts[evaluation.HELP_TEXTS / f"{name}.txt"] = _printed(name, partial(evaluation.call, name))
     return texts
 
 
-def _printed(name: str, function: Callable[[list[str]], object]) -> str:
+def _printed(name: str, function: Callable[[list[str]], object], *before: str) -> str:
     former, sys.argv = sys.argv, [COMMAND]
     try:
         with redirect_stdout(StringIO()) as printed:
-            function(["--help"])
+            function([*before, "--help"])
     except SystemExit:
         pass
     finally:

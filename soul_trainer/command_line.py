@@ -29,21 +29,27 @@ class _Sentences(argparse.ArgumentParser):
     """Errors in one sentence, without the usage, that name the flags nearest to an unknown one."""
 
     def __init__(self, *args, prog: str | None = None, **settings):
+        # Required, but not until all that is unknown is found; `--help` is answered meanwhile.
+        self._waived: list[argparse.Action] = []
         super().__init__(*args, prog=prog or _program(), allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As in the base class, but what is unknown is an error, and found before what is missing."""
-        required = [action for action in self._actions if action.required]
+        required = self._waived = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
         try:
             found, unknown = super().parse_known_args(args, namespace)
         finally:
+            self._waived = []
             for action in required:
                 action.required = True
         if unknown:
             self.error(_unknown(unknown, [option for action in self._actions for option in action.option_strings]))
         return super().parse_known_args(args, namespace) if required else (found, unknown)
+
+    def _needed(self) -> list[argparse.Action]:
+        return [each for each in self._actions if each.required or each in self._waived or not each.option_strings]
 
     def error(self, message: str) -> None:
         """Prints the message and ends the process with status 2."""
@@ -56,13 +62,18 @@ class PlainParser(_Sentences):
     An [`~argparse.ArgumentParser`] whose errors are one sentence.
 
     Args:
-        description (`str`): What `--help` prints first, as it is.
+        description (`str`, *optional*): What `--help` prints first, as it is.
         prog (`str`, *optional*): Name of the command; by default that of the process.
     """
 
-    def __init__(self, description: str, prog: str | None = None):
+    def __init__(self, description: str = "", prog: str | None = None):
         formatter = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH)
         super().__init__(prog=prog, description=description.strip(), formatter_class=formatter)
+
+    def format_help(self) -> str:
+        """The text of `--help`, which is the same in all versions of Python."""
+        self.usage = " ".join([self.prog, *map(_named, self._needed()), "[--flag VALUE ...]"])
+        return super().format_help()
 
 
 class CommandParser(_Sentences, HfArgumentParser):
@@ -83,8 +94,7 @@ class CommandParser(_Sentences, HfArgumentParser):
     def format_help(self) -> str:
         """The text of `--help`."""
         formatter = self._get_formatter()
-        required = [action for action in self._actions if action.required]
-        needed = [f"{action.option_strings[0]} {_value_of(action)}" for action in required]
+        needed = [f"{action.option_strings[0]} {_value_of(action)}" for action in self._needed()]
         formatter.add_usage(" ".join([self.prog, *needed, "[--flag VALUE ...]"]), [], [])
         formatter.add_text((self.description or "").strip())
         for title, actions in self._sections():
@@ -131,6 +141,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         return f"{text} (default: {shown})"
+
+
+def _named(action: argparse.Action) -> str:
+    """An argument of a plain parser in its usage."""
+    value = action.metavar or ("{" + ",".join(action.choices) + "}" if action.choices else action.dest.upper())
+    return " ".join([*action.option_strings[:1], value])
 
 
 def _program() -> str:
