@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -21,12 +22,17 @@ from .attacks.after import ATTACKED_SUITES, attack_run
 from .attacks.command import recovered_figures
 from .callback import EvalCallback
 from .evaluation import ask
+from .evidence.callback import add_attacks, write_run_record
+from .evidence.record import remove_record
 from .models import weight_files, weights_digest
 from .rows import make_header, read_rows, write_rows
 from .running import questions_digest
 from .statistics import Figure
 from .suites import SUITES
 
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +56,7 @@ class Comparison:
             used again only if these are the same.
         config ([`UnlearnConfig`]):
             Its precision and its prompt template are those of every evaluation; its `overwrite` replaces results.
+        signing_key (`Ed25519PrivateKey`, *optional*): Signs the records of the runs; see [`~evidence.write_record`].
     """
 
     def __init__(
@@ -62,10 +69,13 @@ class Comparison:
         asked: dict,
         settings: dict,
         config: UnlearnConfig,
+        signing_key: "Ed25519PrivateKey | None" = None,
     ):
         self.folder, self.target, self.gold, self.config = folder, target, gold, config
+        self.signing_key = signing_key
         self.suite, self.rows, self.asked = SUITES[suite], rows, asked
         self.settings = {"suite": suite, "questions": questions_digest(rows), **asked, **settings}
+        self._weights: dict[str, str | None] = {}
         self._found = {
             role: self._reference_rows(role, name) for role, name in (("target", target), ("gold", gold)) if name
         }
@@ -162,6 +172,7 @@ class Comparison:
         )
         run.summary.update(recovered_figures(found))
         run.attacks = found
+        add_attacks(folder, found, self.signing_key)
 
     def write_report(self, title: str, notes: str | Sequence[str] = ()) -> None:
         """Writes the report into the folder and prints its table; see [`~report.write_report`]."""
@@ -208,13 +219,16 @@ class Comparison:
                 header = make_header(model_name, self.settings, 0, self.suite.name, files=files, **hashes)
                 write_rows(path, rows, header)
         engine.gather([])
-        return read_rows(path)[1]
+        header, rows = read_rows(path)
+        self._weights[role] = header.get("weights")
+        return rows
 
     def _train(self, trainer: UnlearnTrainer, rows: list[dict], identity: dict, num_evaluations: int) -> None:
         args, rows_file = trainer.args, rows_file_of(trainer.args)
         is_tracked_already = _tracked_run() is not None
         if trainer.is_world_process_zero():
             rows_file.unlink(missing_ok=True)
+            remove_record(args.output_dir)
         num_batches = args.num_train_epochs * len(trainer.get_train_dataloader())
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_on_start = IntervalStrategy.STEPS, True
@@ -237,6 +251,7 @@ class Comparison:
                 hashes["weights"] = weights_digest(trainer.model)
             header = make_header(args.output_dir, identity, args.seed, self.suite.name, **hashes)
             header["seconds_per_step"] = num_seconds / max(trainer.state.global_step - curve.first_step, 1)
+            self._write_record(trainer, header, curve.rows)
             write_rows(rows_file, curve.rows, header)
         # A folder is no model that the hub knows, and it refuses a card that names one.
         origin = None if Path(identity["target"]).is_dir() else identity["target"]
@@ -249,6 +264,14 @@ class Comparison:
         # Other trackers end their run by themselves. In this one's, the next model would go on.
         if not is_tracked_already and _tracked_run() is not None:
             sys.modules["wandb"].finish()
+
+    def _write_record(self, trainer: UnlearnTrainer, header: dict, rows: list[dict]) -> None:
+        roles = {"target": "before", "gold": "gold"}
+        figures = {roles[role]: (self._weights[role], run.summary) for role, run in self.references_on(rows).items()}
+        figures["after"] = (header.get("weights"), self.figures(rows))
+        is_target = header["settings"]["target"] == self.target
+        target_weights = self._weights["target"] if is_target else None
+        write_run_record(trainer, self.suite.name, figures, target_weights, self.signing_key)
 
     def _read(self, config: UnlearnConfig, name: str) -> report.Run:
         header, rows = read_rows(rows_file_of(config))

@@ -93,6 +93,7 @@ def run_requests(experiment: Experiment, task: UnlearningTask, requests: list[Re
         forget=concatenate_datasets([request.forget for request in requests]),
         rows=[*(row for request in requests for row in request.rows), *task.rows],
         settings={**task.settings, "requests": fingerprint(data)},
+        originals=None,
     )
     comparison = experiment.compare(whole)
     stages = []

@@ -6,7 +6,7 @@ A recipe names its rows and its models; see `recipes/tofu.py`.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from soul_trainer.soul_settings import SOUL_NAMES
 from .adapters import LoraArguments
 from .attacks.after import ATTACKS, check_attacks
 from .comparison import Comparison
+from .evidence.callback import RecordCallback
+from .evidence.envelope import load_signing_key
 from .levels import EPOCHS, check_until, lengthen, until_callback
 from .models import load_model
 from .report import Run
@@ -95,6 +97,10 @@ class ExperimentArguments(LoraArguments):
         default="",
         metadata={"help": f"Attacks on each unlearned model, by commas: {', '.join(ATTACKS)}. They end up in the report."},
     )
+    signing_key: str | None = field(
+        default=None,
+        metadata={"help": "PEM file of an Ed25519 key, which signs the record of each run (docs/evidence.md)."},
+    )
     stop_at_forget_loss: str | None = field(
         default=None, metadata={"help": "Removed: use --until forgotten or --until PROBABILITY."}
     )
@@ -107,6 +113,8 @@ class ExperimentArguments(LoraArguments):
             raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
         check_until(self.until)
         check_attacks(self.attack_names)
+        if self.signing_key:
+            load_signing_key(self.signing_key)  # rather now than after the training
         if not 0 <= self.max_utility_loss <= 1:
             raise ValueError(f"`max_utility_loss` must be between 0 and 1, but it is {self.max_utility_loss}.")
         if self.stop_at_forget_loss is not None:
@@ -146,6 +154,8 @@ class UnlearningTask:
             what may be lost is measured on them.
         settings (`dict`, *optional*): What else results depend on: those of other settings are not used again.
         notes (`Sequence[str]`, *optional*): Paragraphs under the title of the report.
+        originals (`Mapping[str, Iterable[Mapping]]`, *optional*):
+            `forget` and `retain` as their owner has them, for the record, where training takes them in another form.
     """
 
     suite: str
@@ -159,6 +169,7 @@ class UnlearningTask:
     held_out: Dataset | None = None
     settings: dict = field(default_factory=dict)
     notes: Sequence[str] = ()
+    originals: Mapping[str, Iterable[Mapping]] | None = None
 
 
 class Experiment:
@@ -266,7 +277,8 @@ class Experiment:
             **task.settings,
         }
         return Comparison(
-            self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config
+            *(self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config),
+            signing_key=self.arguments[0].signing_key and load_signing_key(self.arguments[0].signing_key),
         )
 
     def make_trainer(self, task: UnlearningTask, config: UnlearnConfig, for_search: bool = False) -> UnlearnTrainer:
@@ -295,6 +307,8 @@ class Experiment:
             eval_dataset={"forget": forget},
             peft_config=None if is_adapter else args.peft_config(),
         )
+        rows = task.originals or {"forget": task.forget, "retain": task.retain}
+        trainer.add_callback(RecordCallback(task.target, rows, args.training_settings()))
         if args.until != EPOCHS:
             gold = AutoModelForCausalLM.from_pretrained(task.gold, dtype="auto") if task.gold else None
             unlearnt = None if args.never_learnt is None else load(args.never_learnt, name="never_learnt")

@@ -136,6 +136,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         **training_rows(args, str(kept), parts, tokenizer, config.forget_loss),
         rows=suite.load(asked, tokenizer),
         asked=vars(asked),
+        originals={split: [{"text": text} for text in members] for split, members in texts.items()},
     )
     return experiment.run(task)
 

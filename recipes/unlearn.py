@@ -133,6 +133,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         held_out=splits.get("held_out"),
         rows=own.unscored_rows(splits, tokenizer, asked),
         asked=vars(asked),
+        originals={split: splits[split] for split in train},
         notes=[f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out],
     )
     runs = experiment.run(task)

@@ -7,7 +7,6 @@ Saves what unlearning changed in a model, and applies it again to a later versio
 Folders are read and written one tensor at a time, so that no model has to fit into memory as a whole.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging
 
+from .command_line import PlainParser
 from .records import RUN_FILE, write_whole
 from .stored_weights import StoredWeights, rewrite_tensors, stored_weights, weight_files, whole_file, write_tensors
 from .weights import update_digest
@@ -145,12 +145,30 @@ def apply_difference(
                 "version of that model, compare the figures before and after: `python -m soul_eval reapply`."
             )
         if not is_in_memory:
-            named = {"model": str(model), "difference": str(difference), "scale": scale}
-            return _write_model(Path(output), adding, {"method": "difference", **named, **adding.digests})
+            return _write_model(Path(output), adding, adding.settings(model, difference))
         with torch.no_grad():
             for name in adding.sources:
                 weights.read(name).copy_(adding.sum(name))
         return adding.report()
+
+
+def planned_difference(model: str | Path, difference: str | Path, scale: float = 1.0) -> dict:
+    """
+    What [`apply_difference`] writes as settings to `unlearning.json`, without applying anything.
+
+    Args:
+        model (`str` or `Path`): Folder or hub id.
+        difference (`str` or `Path`): File written by [`save_difference`].
+        scale (`float`, *optional*, defaults to 1.0): Factor of the difference.
+
+    Returns:
+        `dict`: Names, scale, and the hashes of all three models.
+
+    Raises:
+        ValueError: As [`apply_difference`].
+    """
+    with _opened(difference) as file:
+        return _Adding(stored_weights(model), file, scale).settings(model, difference)
 
 
 class _Adding:
@@ -163,6 +181,10 @@ class _Adding:
         self.digests = {"weights": weights.digest(), "before": metadata["before"], "after": metadata["after"]}
         self.is_same_base = self.digests["weights"] == self.digests["before"]
         self._squares: dict[str, float] = {}
+
+    def settings(self, model: str | Path, difference: str | Path) -> dict:
+        named = {"model": str(model), "difference": str(difference), "scale": self._scale}
+        return {"method": "difference", **named, **self.digests}
 
     def sum(self, name: str) -> Tensor:
         name = self.weights.tied.get(name, name)
@@ -289,12 +311,8 @@ def _write_model(output: Path, adding: _Adding, settings: dict) -> AppliedDiffer
     return report
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m soul_trainer.difference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> PlainParser:
+    parser = PlainParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     save = commands.add_parser("save", help="write the difference of two models")
     save.add_argument("--before", required=True, metavar="MODEL", help="model before unlearning: folder or hub id")
