@@ -3,18 +3,20 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer, UntilForgottenCallback
-from soul_trainer.engines import Engine
+from soul_trainer.engines import Engine, keeper_of_weights
+from soul_trainer.precision import choose_precision
 from soul_trainer.records import run_settings
 
 from . import report
@@ -24,7 +26,7 @@ from .callback import EvalCallback
 from .evaluation import ask
 from .evidence.callback import add_attacks, write_run_record
 from .evidence.record import remove_record
-from .models import weight_files, weights_digest
+from .models import ModelArguments, weight_files, weights_digest
 from .rows import make_header, read_rows, write_rows
 from .running import questions_digest
 from .statistics import Figure
@@ -56,6 +58,7 @@ class Comparison:
             used again only if these are the same.
         config ([`UnlearnConfig`]):
             Its precision and its prompt template are those of every evaluation; its `overwrite` replaces results.
+        loading ([`ModelArguments`], *optional*): How target and gold model are loaded.
         signing_key (`Ed25519PrivateKey`, *optional*): Signs the records of the runs; see [`~evidence.write_record`].
     """
 
@@ -69,10 +72,11 @@ class Comparison:
         asked: dict,
         settings: dict,
         config: UnlearnConfig,
+        loading: ModelArguments | None = None,
         signing_key: "Ed25519PrivateKey | None" = None,
     ):
         self.folder, self.target, self.gold, self.config = folder, target, gold, config
-        self.signing_key = signing_key
+        self.loading, self.signing_key = loading or ModelArguments(), signing_key
         self.suite, self.rows, self.asked = SUITES[suite], rows, asked
         self.settings = {"suite": suite, "questions": questions_digest(rows), **asked, **settings}
         self._weights: dict[str, str | None] = {}
@@ -169,6 +173,7 @@ class Comparison:
             device=str(PartialState().device),
             prompt_template=config.prompt_template,
             overwrite=config.overwrite,
+            **_loading_of_attacks(self.loading),
         )
         run.summary.update(recovered_figures(found))
         run.attacks = found
@@ -197,12 +202,11 @@ class Comparison:
         engine.gather([])  # nobody writes before all have looked
         files = weight_files(model_name)
         if [header.get(key) for key in ("model", "settings", "files")] != [model_name, self.settings, files]:
-            model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto").to(PartialState().device)
-            tokenizer = AutoTokenizer.from_pretrained(model_name)
+            model = self.loading.load_model(model_name, PartialState().device).eval()
+            weights = weights_digest(model)
+            tokenizer = self.loading.load_tokenizer(model_name)
             arguments = self.suite.arguments(**self.asked)
-            # As the Trainer runs the unlearned ones, so that rounding is no difference between them.
-            dtype = torch.bfloat16 if self.config.bf16 else torch.float16
-            with torch.autocast(model.device.type, dtype, enabled=self.config.bf16 or self.config.fp16):
+            with self._precision_of_training(model):
                 rows = ask(
                     model,
                     tokenizer,
@@ -211,17 +215,29 @@ class Comparison:
                     prompt_template=self.config.prompt_template,
                     engine=engine,
                     progress=not self.config.disable_tqdm,
+                    name=role,
                 )
             if self.suite.judge:
                 self.suite.judge(rows, arguments)
             if engine.process_index == 0:
-                hashes = {"weights": weights_digest(model), "questions": self.settings["questions"]}
+                hashes = {"weights": weights, "questions": self.settings["questions"]}
                 header = make_header(model_name, self.settings, 0, self.suite.name, files=files, **hashes)
                 write_rows(path, rows, header)
         engine.gather([])
         header, rows = read_rows(path)
         self._weights[role] = header.get("weights")
         return rows
+
+    @contextmanager
+    def _precision_of_training(self, model: PreTrainedModel) -> Iterator[None]:
+        """As the Trainer runs the unlearned models, so that rounding is no difference between them and the others."""
+        config = self.config
+        precision = choose_precision(model, config, config.float32_weights, keeper_of_weights(config, model))
+        if "lora_rank" not in self.settings:
+            precision.widen(model)
+        dtype = torch.bfloat16 if precision.bf16 else torch.float16
+        with torch.autocast(model.device.type, dtype, enabled=precision.bf16 or config.fp16):
+            yield
 
     def _train(self, trainer: UnlearnTrainer, rows: list[dict], identity: dict, num_evaluations: int) -> None:
         args, rows_file = trainer.args, rows_file_of(trainer.args)
@@ -237,8 +253,8 @@ class Comparison:
         trainer.add_callback(curve)
         output = trainer.train(resume_from_checkpoint=_checkpoint(args))
         num_seconds = output.metrics["train_runtime"] - curve.seconds
-        if trainer.objectives.any("is_negated"):
-            # A task vector is subtracted after the last evaluation of the training.
+        if trainer.objectives.any("is_negated") or trainer.precision.dtypes:
+            # A task vector is subtracted, and weights are rounded to 16 bits, after the training's last evaluation.
             curve.step = None
         if curve.step != trainer.state.global_step:
             trainer.evaluate()
@@ -280,6 +296,12 @@ class Comparison:
         if until := state.get("stateful_callbacks", {}).get(UntilForgottenCallback.__name__):
             settings["forget_level"] = until["args"]["level"]
         return report.Run(name, self.figures(rows), rows, log_history=state["log_history"], settings=settings)
+
+
+def _loading_of_attacks(loading: ModelArguments) -> dict[str, Any]:
+    """Further fields of [`~attacks.running.AttackArguments`]: the target is the model here."""
+    settings = loading.loading_settings()
+    return {{"revision": "target_revision"}.get(name, name): value for name, value in settings.items()}
 
 
 def rows_file_of(config: UnlearnConfig) -> Path:

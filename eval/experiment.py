@@ -13,11 +13,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.engines import Engine
+from soul_trainer.loading import is_adapter
 from soul_trainer.sampling import SamplingConfig, add_alternates
 from soul_trainer.soul_settings import SOUL_NAMES
 
@@ -27,7 +28,7 @@ from .comparison import Comparison
 from .evidence.callback import RecordCallback
 from .evidence.envelope import load_signing_key
 from .levels import EPOCHS, check_until, lengthen, until_callback
-from .models import load_model
+from .models import ModelArguments
 from .report import Run
 from .settings_files import DEFAULTS_FILE, SettingsParser, settings_file
 from .suites.own import load
@@ -59,7 +60,7 @@ PREPARATIONS: dict[str, Callable[[Dataset, PreTrainedModel, PreTrainedTokenizerB
 
 
 @dataclass
-class ExperimentArguments(LoraArguments):
+class ExperimentArguments(LoraArguments, ModelArguments):
     """What every recipe asks. A recipe adds fields, and may give these a help of its own."""
 
     config: str | None = field(
@@ -107,8 +108,12 @@ class ExperimentArguments(LoraArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gold and not self.model:
-            raise ValueError("`gold` (--gold) needs `model` (--model): without it, both are trained here.")
+        ModelArguments.__post_init__(self)
+        for name in ("gold", "tokenizer"):
+            if getattr(self, name) and not self.model:
+                raise ValueError(
+                    f"`{name}` (--{name}) needs `model` (--model): without it, models and a tokenizer are made here."
+                )
         if self.evaluations < 1:
             raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
         check_until(self.until)
@@ -133,7 +138,7 @@ class ExperimentArguments(LoraArguments):
         stop = {}
         if self.until != EPOCHS:
             stop = {name: getattr(self, name) for name in ("until", "max_utility_loss", "never_learnt")}
-        return stop | self.lora_settings()
+        return stop | self.lora_settings() | self.loading_settings()
 
 
 @dataclass
@@ -278,6 +283,7 @@ class Experiment:
         }
         return Comparison(
             *(self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config),
+            loading=self.arguments[0],
             signing_key=self.arguments[0].signing_key and load_signing_key(self.arguments[0].signing_key),
         )
 
@@ -292,12 +298,10 @@ class Experiment:
                 Whether the trainer loads the model anew for each trial of a search for settings.
         """
         args = self.arguments[0]
-        tokenizer = AutoTokenizer.from_pretrained(task.target)
+        tokenizer = args.load_tokenizer(task.target)
         forget = self._prepared(task, tokenizer, config)
         # Adapters of a former request are trained on; the others begin anew.
-        is_adapter = Path(task.target, "adapter_config.json").exists()
-        loader = partial(load_model, device="cpu") if is_adapter else AutoModelForCausalLM.from_pretrained
-        load_target = partial(loader, task.target, dtype="auto")
+        load_target = partial(args.load_model, task.target)
         trainer = UnlearnTrainer(
             **({"model_init": load_target} if for_search else {"model": load_target()}),
             args=config,
@@ -305,12 +309,12 @@ class Experiment:
             retain_dataset=task.retain,
             processing_class=tokenizer,
             eval_dataset={"forget": forget},
-            peft_config=None if is_adapter else args.peft_config(),
+            peft_config=None if is_adapter(task.target) else args.peft_config(),
         )
         rows = task.originals or {"forget": task.forget, "retain": task.retain}
         trainer.add_callback(RecordCallback(task.target, rows, args.training_settings()))
         if args.until != EPOCHS:
-            gold = AutoModelForCausalLM.from_pretrained(task.gold, dtype="auto") if task.gold else None
+            gold = args.load_model(task.gold) if task.gold else None
             unlearnt = None if args.never_learnt is None else load(args.never_learnt, name="never_learnt")
             trainer.add_callback(
                 until_callback(trainer, args.until, forget, gold, unlearnt, task.held_out, args.max_utility_loss)
@@ -323,7 +327,7 @@ class Experiment:
             return task.forget
         key = (config.forget_loss, task.target, config.seed, fingerprint({"forget": task.forget}))
         if key not in self._prepared_rows:
-            model = load_model(task.target, config.device)
+            model = self.arguments[0].load_model(task.target, config.device).eval()
             self._prepared_rows[key] = prepare(task.forget, model, tokenizer, config)
         return self._prepared_rows[key]
 
@@ -331,13 +335,13 @@ class Experiment:
         own = _SETTINGS_OF.get(optimizer, {"optim": optimizer})
         values = self._defaults | own
         if self._chosen is not None:
-            return self._parser.build(values | self._chosen | self._named)
+            return self._parser.build(values | self._chosen | self._named, self._named)
         forget_loss = (self._defaults | self._named).get("forget_loss", UnlearnConfig.forget_loss)
         file = settings_file(self._folder, own["optim"] if own["optim"] in SOUL_NAMES else "adamw", forget_loss)
         found = self._parser.read(file) if file else {}
         if file and not file.stem.endswith(f"_{forget_loss}"):
             logger.warning_once(f"There are no settings of forget_loss={forget_loss} with {optimizer}: {file} it is.")
-        return self._parser.build(values | found | own | self._named)
+        return self._parser.build(values | found | own | self._named, self._named)
 
 
 def fingerprint(*parts: dict[str, Dataset]) -> str:

@@ -5,8 +5,12 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from soul_trainer import loading
+from soul_trainer.loading import ModelArguments as ModelArguments
+from soul_trainer.loading import default_device
+from soul_trainer.loading import load_tokenizer as load_tokenizer
 from soul_trainer.weights import weights_digest as weights_digest
 
 
@@ -21,25 +25,6 @@ _NOT_SETUP = (
 )
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """
-    The tokenizer of a model, or of an adapter's base model where none was saved with it.
-
-    Args:
-        name (`str`): Folder or hub id.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code that comes with it may run.
-
-    Raises:
-        ValueError: If `name` is a folder without a model.
-    """
-    folder = _checked(name)
-    if _is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
-        from peft import PeftConfig
-
-        name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-
-
 def load_model(
     name: str,
     device: "str | torch.device | None" = None,
@@ -48,7 +33,7 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """
-    Loads a model, or an adapter on its base model.
+    Loads a model that is to be evaluated, or an adapter on its base model. [`ModelArguments`] has more settings.
 
     Args:
         name (`str`): Folder or hub id.
@@ -60,17 +45,9 @@ def load_model(
     Raises:
         ValueError: If `name` is a folder without a model, or `dtype` is no floating dtype.
     """
-    folder = _checked(name)
-    if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
-        raise ValueError(f"--dtype {dtype} is unknown: use auto, float32, bfloat16 or float16.")
     set_seed(seed)
-    loader, options = AutoModelForCausalLM, {}
-    if _is_adapter(folder):
-        from peft import AutoPeftModelForCausalLM as loader
-
-        options = {"is_trainable": True}  # or else its gradients could not be asked for
-    model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    options = {"device": device or default_device(), "trust_remote_code": trust_remote_code}
+    return loading.load_model(name, dtype, **options).eval()
 
 
 def setup_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -94,19 +71,6 @@ def setup_digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _as_text(value: object) -> str:
     return str(sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value)
-
-
-def _checked(name: str) -> Path:
-    folder = Path(name)
-    if folder.exists() and not _is_adapter(folder) and not (folder / "config.json").exists():
-        raise ValueError(f"--model {name} holds no model: there is no config.json and no adapter_config.json in it.")
-    if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"--model {name}: no such folder.")
-    return folder
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
 
 
 def weight_files(model_name: str) -> list[list]:

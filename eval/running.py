@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import set_seed
 from transformers.utils import logging
 
 from soul_trainer.engines import Engine
+from soul_trainer.loading import default_device
 
 from .evaluation import ask
 from .general import check_tasks, general_ability
 from .input_methods import NONE, InputArguments, InputMethod, load_input_method
 from .journal import Journal
-from .models import load_model, load_tokenizer, setup_digest, weights_digest
+from .models import ModelArguments, setup_digest, weights_digest
 from .rows import make_header, read_rows, write_rows, write_whole
 from .scoring import check_batch_size
 from .statistics import Figure
@@ -34,7 +36,7 @@ MODEL = {"weights", "setup"}
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(ModelArguments):
     """The model that is evaluated, and how."""
 
     model: str = field(metadata={"help": "Folder or hub id of a causal language model or an adapter."})
@@ -42,7 +44,6 @@ class EvalArguments:
     reference: str | None = field(default=None, metadata={"help": "rows.jsonl of the gold model, to compare with."})
     batch_size: str = field(default="auto", metadata={"help": "Tokens in a batch, padding included, or auto."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ...; by default a GPU if there is one."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto is that of the weights."})
     limit: int | None = field(default=None, metadata={"help": "Evaluate the first rows of each split only."})
     prompt_template: str | None = field(
         default=None, metadata={"help": "As in training; by default the tokenizer's chat template, else plain."}
@@ -52,10 +53,10 @@ class EvalArguments:
     )
     include_path: str | None = field(default=None, metadata={"help": "Folder of lm-eval tasks of your own."})
     seed: int = field(default=0, metadata={"help": "Recorded with the rows; draws the examples of in_context."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model may run."})
     overwrite: bool = field(default=False, metadata={"help": "Replace other results in the output folder."})
 
     def __post_init__(self):
+        super().__post_init__()
         check_batch_size(self.batch_size)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, but it is {self.limit}.")
@@ -86,7 +87,7 @@ def run_suite(
             raise ValueError("lm-eval asks the model without `input_method`: leave out `general`, or that.")
         check_tasks(args.general.split(","), args.include_path)
     engine = _engine(args)
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = args.load_tokenizer(args.model)
     rows = [row for row in suite.load(own, tokenizer) if args.limit is None or row["index"] < args.limit]
     if not rows:
         raise ValueError(f"The suite {suite.name} has no rows with these settings.")
@@ -94,8 +95,9 @@ def run_suite(
         # Before the model runs: a reference of other rows would only be found out afterwards.
         suite.check_reference(rows, read_rows(args.reference)[1])
     method = load_input_method(inputs, tokenizer, args.prompt_template, args.seed)
-    device = engine.accelerator.device if engine else args.device
-    model = load_model(args.model, device, args.dtype, args.seed, args.trust_remote_code)
+    set_seed(args.seed)
+    device = engine.accelerator.device if engine else args.device or default_device()
+    model = args.load_model(args.model, device).eval()
     header = _header(suite, args, own, model, tokenizer, rows, method)
     path = Path(args.output) / "rows.jsonl"
     is_main = engine is None or engine.process_index == 0
@@ -120,6 +122,7 @@ def run_suite(
         return suite.parts(row, own)
 
     asking = {"engine": engine, "journal": journal, "transform": method and method.transform}
+    asking["name"] = Path(args.model).name
     try:
         rows = ask(model, tokenizer, rows, parts_of, args.batch_size, args.prompt_template, **asking)
     finally:
@@ -201,7 +204,8 @@ def _header(
     settings = {**{name: getattr(args, name) for name in names}, **asdict(own)}
     if method:  # without one, headers are as they were before there were any
         settings |= method.settings
-    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    # Those that are open have no entry, so that headers are as they were before there were any.
+    settings |= {**args.loading_settings(), "dtype": str(model.dtype).removeprefix("torch.")}
     hashes = {"weights": weights_digest(model), "setup": setup_digest(model, tokenizer)}
     hashes["questions"] = questions_digest(rows)
     header = make_header(args.model, settings, args.seed, suite.name, **hashes)

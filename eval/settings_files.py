@@ -3,15 +3,19 @@
 import argparse
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import logging
 
 from soul_trainer.command_line import CommandParser
+from soul_trainer.precision import bf16_support, needs_use_cpu
 
+
+logger = logging.get_logger(__name__)
 
 DEFAULTS_FILE = "defaults.yaml"
 
@@ -95,13 +99,19 @@ class SettingsParser(CommandParser):
             )
         return typed
 
-    def build(self, values: dict[str, Any]) -> tuple:
+    def build(self, values: dict[str, Any], named: Container[str] | None = None) -> tuple:
         """
         Args:
             values (`dict[str, Any]`): By field; the others get their defaults.
+            named (`Container[str]`, *optional*):
+                Fields that the command line names, by default all. A `bf16: true` of a file is left out on a device
+                that is not made for it, and one of the command line is an error there.
 
         Returns:
             `tuple`: An instance of each dataclass. Ends the process, as a parser does, if a required value is missing.
+
+        Raises:
+            ValueError: If the command line asks for bfloat16, and there is no GPU.
         """
         required = [
             setting.name
@@ -111,7 +121,22 @@ class SettingsParser(CommandParser):
         ]
         if missing := [f"--{name}" for name in required if name not in values]:
             self.error(f"the following arguments are required: {', '.join(missing)}")
-        return self.parse_dict(values)
+        return self.parse_dict(_fitting(values, named is None or "bf16" in named))
+
+
+def _fitting(values: dict[str, Any], insists: bool) -> dict[str, Any]:
+    """The values with bfloat16 where the device is made for it, or where it is insisted on."""
+    if not values.get("bf16"):
+        return values
+    support = bf16_support(bool(values.get("use_cpu")))
+    if not insists and not support.is_fast:
+        logger.warning_once(
+            f"Precision: float32 and not the `bf16` of the settings file, because {support.device}. --bf16 on the "
+            "command line insists on it."
+        )
+        return {name: value for name, value in values.items() if name != "bf16"}
+    use_cpu = bool(values.get("use_cpu"))
+    return {**values, "use_cpu": use_cpu or needs_use_cpu(True, use_cpu)}
 
 
 def settings_file(folder: Path, optimizer: str, forget_loss: str) -> Path | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
@@ -119,7 +119,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
             for split, members in texts.items()
         }
         target, gold = small_models(learnt, folder, small, config.seed, use_cpu=config.use_cpu, chunks=chunks)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = args.load_tokenizer(target)
     length = min(chunks.chunk_length, tokenizer.model_max_length)
     parts = {split: chunk_texts(members, tokenizer, length, chunks.chunk_overlap) for split, members in texts.items()}
     # What is asked of the text to keep is what is kept, and no other part of a large dataset.

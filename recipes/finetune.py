@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from soul_eval.adapters import LoraArguments
 from soul_eval.console import run_script
-from soul_eval.models import weight_files
+from soul_eval.models import ModelArguments, weight_files
 from soul_eval.settings_files import SettingsParser
 from soul_recipes.learnt_rows import ChunkArguments, load_learnt, tokenized, without
 from soul_recipes.small_llama import SmallModelArguments
@@ -36,7 +36,7 @@ from soul_trainer.formats import longest_row
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(ModelArguments):
     """What to train on."""
 
     dataset: list[str] = field(
@@ -50,8 +50,6 @@ class FinetuneArguments:
         default_factory=list, metadata={"help": "Files, folders or hub datasets whose rows are left out: the gold."}
     )
     model: str | None = field(default=None, metadata={"help": "Hub id or folder; by default a small Llama."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights of --model: auto, bfloat16, float32."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder; by default the model's."})
     prompt_template: str | None = field(
         default=None, metadata={"help": "Of question/answer rows; see UnlearnConfig. It must be unlearning's, too."}
     )
@@ -60,6 +58,7 @@ class FinetuneArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model is None and self.tokenizer is None:
             raise ValueError("`tokenizer` (--tokenizer) is needed where there is no `model` (--model).")
 
@@ -79,27 +78,30 @@ def main(command_line: Sequence[str] | None = None) -> Path:
     """Trains, and returns the model's folder."""
     kinds = (FinetuneArguments, ChunkArguments, SmallModelArguments, LoraArguments, TrainingArguments)
     parser = SettingsParser(kinds)
-    named = parser.named(command_line)
+    named = given = parser.named(command_line)
     if "config" in named:
-        named = parser.read(named["config"]) | named
-    values = {"seed": 0, "save_strategy": "no", "report_to": "none", **named}
-    run, chunks, small, lora, args = parser.build(values)
+        given = parser.read(named["config"]) | named
+    values = {"seed": 0, "save_strategy": "no", "report_to": "none", **given}
+    run, chunks, small, lora, args = parser.build(values, named)
     folder, parts = Path(run.model_dir), load_parts(run)
-    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer or run.model)
+    tokenizer = run.load_tokenizer(run.model)
     longest = run.max_length or tokenizer.model_max_length
     if run.model:
         with torch.device("meta"):  # without the weights, which a model that is there already does not need
-            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run.model))
+            config = AutoConfig.from_pretrained(run.model, **run.pretrained_options(run.model))
+            shape = AutoModelForCausalLM.from_config(config, trust_remote_code=run.trust_remote_code)
         longest = longest_row(run.max_length, shape, tokenizer)
     rows = [tokenized(part, tokenizer, chunks, longest, run.prompt_template) for part in parts]
     rows = concatenate_datasets(rows)
     if run.model:
-        make_model = partial(AutoModelForCausalLM.from_pretrained, run.model, dtype=run.dtype)
+        make_model = partial(run.load_model, run.model)
         identity = [run.model, run.dtype, weight_files(run.model)]
+        # Those that are open add nothing, so that models are found that were trained before there were any.
+        identity += [settings] if (settings := run.loading_settings()) else []
         return train_once(make_model, rows, tokenizer, folder, args, identity, lora)
     small = small.fitted(len(rows))
-    values = {**small_training(small, folder, args.seed, args.use_cpu), **named}
-    *_, args = parser.build(values)
+    values = {**small_training(small, folder, args.seed, args.use_cpu), **given}
+    *_, args = parser.build(values, named)
     return train_small_model(rows, tokenizer, folder, small, args.seed, args=args)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from soul_eval.console import run_script
 from soul_eval.continual import Request, run_requests
@@ -51,7 +50,7 @@ class MuseRunArguments(ExperimentArguments):
             "data/news; by default articles of our own."
         },
     )
-    revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
     requests: str = field(
         default="once",
         metadata={
@@ -75,7 +74,7 @@ class MuseRunArguments(ExperimentArguments):
 def make_texts(args: MuseRunArguments, folder: Path, seed: int, overwrite: bool) -> MuseTexts:
     """The texts that are named or, without, articles of our own."""
     if args.dataset:
-        return MuseTexts(args.dataset, args.revision)
+        return MuseTexts(args.dataset, args.dataset_revision)
     dataset = str(folder / f"data-{args.articles}-{seed}")
     if PartialState().is_main_process:
         write_corpus(dataset, args.articles, seed, overwrite)
@@ -110,8 +109,8 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         target, gold = small_models(
             texts.learnt(args.retain_split), folder, small, config.seed, use_cpu=config.use_cpu
         )
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    asked = {"dataset": texts.dataset, "revision": texts.revision}
+    tokenizer = args.load_tokenizer(target)
+    asked = {"dataset": texts.dataset, "dataset_revision": texts.revision}
     asked |= {"knowmem_tokens": args.knowmem_tokens, "verbmem_tokens": args.verbmem_tokens}
     rows = muse.SUITE.load(muse.MuseArguments(**asked), tokenizer)
 

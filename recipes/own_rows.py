@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from soul_eval.experiment import fingerprint
-from soul_eval.models import load_model
+from soul_eval.models import ModelArguments
 from soul_eval.suites.sources import kind_of
 from soul_recipes.hub_layout import json_lines
 from soul_trainer import UnlearnConfig
@@ -77,6 +77,7 @@ def sampled_retain(
     args: SampledRetainArguments,
     config: UnlearnConfig,
     folder: Path,
+    loading: ModelArguments | None = None,
 ) -> tuple[dict[str, str], str]:
     """
     Has the model write retain rows before unlearning, or finds that it has.
@@ -88,6 +89,7 @@ def sampled_retain(
         args ([`SampledRetainArguments`]): How many, how long.
         config ([`UnlearnConfig`]): Seed, template and precision.
         folder (`Path`): Where the rows go, for a look at them and for another run.
+        loading ([`ModelArguments`], *optional*): How the model is loaded.
 
     Returns:
         `tuple[dict[str, str], str]`: Paths of `retain` and `held_out`, and what was done, in words.
@@ -98,6 +100,7 @@ def sampled_retain(
     paths, record = [folder / name for name in SAMPLED], folder / "retain.self_generated.json"
     wanted = {**vars(args), "target": target, "seed": config.seed, "prompt_template": config.prompt_template}
     wanted["forget"] = fingerprint({"forget": forget})
+    wanted |= loading.loading_settings() if loading else {}
     former = json.loads(record.read_text(encoding="utf-8")) if record.exists() and not config.overwrite else None
     PartialState().wait_for_everyone()  # nobody writes before all have looked
     if former and {key: former.get(key) for key in wanted} != wanted:
@@ -107,7 +110,7 @@ def sampled_retain(
         )
     if not former:
         logger.warning(f"There is no retain set (--retain): {target} writes {args.sampled_rows} rows itself.")
-        found = _written(target, tokenizer, forget, args, config)
+        found = _written(target, tokenizer, forget, args, config, loading or ModelArguments())
         former = {**wanted, "num_rows": len(found.rows), "dropped": found.dropped}
         held_out = found.rows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
         retain = [row for place, row in enumerate(found.rows, start=1) if place % HELD_OUT_EVERY]
@@ -125,8 +128,10 @@ def sampled_retain(
     return dict(zip(("retain", "held_out"), map(str, paths))), note
 
 
-def _written(target: str, tokenizer, forget: Dataset, args: SampledRetainArguments, config) -> SelfGenerated:
-    device, model = config.device, load_model(target, config.device)
+def _written(
+    target: str, tokenizer, forget: Dataset, args: SampledRetainArguments, config, loading: ModelArguments
+) -> SelfGenerated:
+    device, model = config.device, loading.load_model(target, config.device).eval()
     asks = tokenizer.chat_template or kind_of(forget, "forget") in (("messages",), ("question", "answer"))
     kind = ("question" if asks else "text") if args.sampled_kind == "auto" else args.sampled_kind
     with torch.autocast(device.type, torch.bfloat16 if config.bf16 else torch.float16, config.bf16 or config.fp16):

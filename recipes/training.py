@@ -11,12 +11,17 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
+from soul_trainer.engines import SavedDtypeMixin, keeper_of_weights, set_bf16
 from soul_trainer.machine import fit_to_machine
+from soul_trainer.precision import choose_precision
 from soul_trainer.records import training_settings
 
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter"
 
@@ -63,13 +68,20 @@ def train_once(
     model = make_model()
     if lora.lora_rank:
         model = get_peft_model(model, lora.peft_config())
-    trainer = Trainer(
+    args.bf16 = args.bf16 or None
+    precision = choose_precision(model, args, keeps_weights=keeper_of_weights(args, model))
+    set_bf16(args, precision.bf16)
+    precision.widen(model)
+    if precision.message:
+        logger.warning(precision.message)
+    trainer = _Trainer(
         model,
         args,
         data_collator=collator or UnlearnCollator.for_tokenizer(tokenizer),
         train_dataset=rows,
         processing_class=tokenizer,
     )
+    trainer.precision = precision
     trainer.train(resume_from_checkpoint=_checkpoint(args))
     trainer.save_model(str(part / ADAPTER) if lora.lora_rank else None)
     if trainer.is_world_process_zero():
@@ -85,6 +97,10 @@ def train_once(
         os.replace(part, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+class _Trainer(SavedDtypeMixin, Trainer):
+    """Trains a model that comes in 16 bits in float32, and saves it in 16 bits."""
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.levels import OTHER_ANSWERS
@@ -54,7 +53,7 @@ class UnlearnArguments(ExperimentArguments):
     general_text: str | None = field(
         default=None, metadata={"help": "Texts that no training has seen: what unlearning costs the language itself."}
     )
-    revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
     authors: int = field(default=17, metadata={"help": "Authors in the corpus of our own."})
     max_rows: int = field(default=400, metadata={"help": "Rows of retain and held_out that are asked; forget: all."})
     prompt_tokens: int = field(default=100, metadata={"help": "Tokens of a text that the model goes on from."})
@@ -75,7 +74,7 @@ class UnlearnArguments(ExperimentArguments):
 
     def suite_arguments(self, sources: dict[str, str]) -> own.OwnArguments:
         """Those of the suite."""
-        names = ("revision", "max_rows", "prompt_tokens", "max_new_tokens", "embedding_model")
+        names = ("dataset_revision", "max_rows", "prompt_tokens", "max_new_tokens", "embedding_model")
         asked = {name: getattr(self, name) for name in names}
         return own.OwnArguments(**sources, **asked)
 
@@ -115,10 +114,10 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         sources = write_small_corpus(folder, args.authors, config.seed)
         corpus = own.load_splits(own.OwnArguments(**sources))
         target, gold = small_models(corpus, folder, small, config.seed, config.prompt_template, config.use_cpu)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = args.load_tokenizer(target)
     if "retain" not in sources:
-        forget = own.load(sources["forget"], args.revision, "forget")
-        written, note = sampled_retain(target, tokenizer, forget, sampling, config, folder)
+        forget = own.load(sources["forget"], args.dataset_revision, "forget")
+        written, note = sampled_retain(target, tokenizer, forget, sampling, config, folder, args)
         sources, notes = written | sources, [note]
     asked = args.suite_arguments(sources)
     splits, left_out = without_shared(own.load_splits(asked))

@@ -22,7 +22,6 @@ from datasets import Dataset, concatenate_datasets
 from soul_eval.console import run_script
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.general import check_tasks, general_ability
-from soul_eval.models import load_model, load_tokenizer
 from soul_eval.report import Run, table
 from soul_eval.statistics import values
 from soul_eval.suites import wmdp
@@ -97,9 +96,10 @@ def ordered(topics: list[Dataset], config: UnlearnConfig) -> Dataset:
 def ask_lm_eval(experiment: Experiment, models: dict[str, str], tasks: list[str]) -> None:
     """Asks models, named by the report, and writes `general.json`."""
     runs = []
+    loading = experiment.arguments[0]
     for name, model in models.items():
-        found = load_model(model, experiment.config.device)
-        runs.append(Run(name, general_ability(found, load_tokenizer(model), tasks)))
+        found = loading.load_model(model, experiment.config.device).eval()
+        runs.append(Run(name, general_ability(found, loading.load_tokenizer(model), tasks)))
     if PartialState().is_main_process:
         figures = {run.name: values(run.summary) for run in runs}
         write_whole(experiment.folder / "general.json", json.dumps(figures, indent=2) + "\n")

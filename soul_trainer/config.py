@@ -8,6 +8,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
 from .settings import ObjectiveArguments, StepArguments, check_at_least, check_choice, setting
+from .precision import needs_use_cpu
 from .soul_settings import RULE_DEFAULTS, SOUL_NAMES, SoulArguments, parse_optim_args
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
@@ -51,6 +52,17 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
 
+    bf16: bool | None = setting(
+        None,
+        "Whether to train under bfloat16 autocast. By default yes for a model in 16 bits on a device that multiplies "
+        "in bfloat16 (a GPU, or a CPU with AMX), else no. A true in a settings file holds on such devices alone.",
+    )
+    float32_weights: bool | None = setting(
+        None,
+        "Whether weights in 16 bits are kept in float32 while they are trained, so that small steps are not lost; the "
+        "model is saved in 16 bits. By default yes, but under DeepSpeed, which keeps float32 weights of its own, and "
+        "for models that are quantized, or sharded while they are loaded.",
+    )
     forget_loss: str = setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
     retain_loss: str = setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
     forget_weight: float = setting(1.0, "Weight of the forget loss, >= 0.")
@@ -148,6 +160,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             for name, value in parse_optim_args(self.optim_args).items():
                 setattr(self, name, value)
         super().__post_init__()
+        self.use_cpu = self.use_cpu or needs_use_cpu(self.bf16, self.use_cpu)
         deepspeed = getattr(getattr(self, "hf_deepspeed_config", None), "config", {})
         if self.learning_rate is None and "scheduler" in deepspeed:
             raise ValueError("A scheduler in DeepSpeed's configuration needs a `learning_rate` of your own: set it.")
@@ -239,4 +252,6 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         if isinstance(args, cls):
             return copy(args)  # which a trainer fills in for its model
         known = [setting.name for setting in fields(TrainingArguments) if setting.init]
-        return cls(**{name: getattr(args, name) for name in known})
+        values = {name: getattr(args, name) for name in known}
+        # False is the default there, which says nothing of the model's own precision.
+        return cls(**{**values, "bf16": args.bf16 or None})

@@ -1,4 +1,9 @@
-"""The command line of influence unlearning: `python -m soul_trainer.influence`. What it does is in `influence.py`."""
+"""
+Removes rows from a model without training: one or a few Newton steps of influence unlearning.
+
+    python -m soul_trainer.influence --model DIR --forget forget.jsonl --retain retain.jsonl --output DIR
+    python -m soul_trainer.influence --model DIR --forget forget.jsonl --curvature FILE --output DIR
+"""
 
 import json
 import os
@@ -7,22 +12,21 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 from .batch import IGNORE_INDEX, ForgetRetainBatch
 from .collator import UnlearnCollator
+from .command_line import CommandParser
 from .curvature import load_curvature
 from .formats import longest_row, prepare
 from .influence import InfluenceArguments, InfluenceReport, check_one_process, influence_update
-from .loading import load_model, load_rows, load_tokenizer
+from .loading import DTYPES, ModelArguments, default_device, load_rows
 from .records import RUN_FILE, write_whole
 from .settings import check_at_least
 
 
 @dataclass
-class CommandArguments:
+class CommandArguments(ModelArguments):
     """The model, the rows, and where the result goes."""
 
     model: str = field(metadata={"help": "Folder or hub id of a causal language model or an adapter."})
@@ -46,17 +50,21 @@ class CommandArguments:
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
     prompt_template: str | None = field(default=None, metadata={"help": "As in training, with {question}, {answer}."})
     dtype: str = field(
-        default="float32", metadata={"help": "Of the weights, in the result too; bfloat16 rounds small steps away."}
+        default="float32",
+        metadata={
+            "help": f"Of the weights, in the result too: {', '.join(DTYPES)}. With auto, the dtype that they are "
+            "saved in; bfloat16 rounds small steps away."
+        },
+        kw_only=True,
     )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ...; by default a GPU if there is one."})
     overwrite: bool = field(default=False, metadata={"help": "Whether to replace another run's result."})
 
     def __post_init__(self):
+        super().__post_init__()
         check_at_least(1, batch_size=self.batch_size, retain_rows=self.retain_rows, num_tokens=self.num_tokens)
         if self.retain is None and self.curvature is None:
             raise ValueError("Set `retain`, rows to retain, or `curvature`, a file that was measured of them.")
-        if not getattr(getattr(torch, self.dtype, None), "is_floating_point", False):
-            raise ValueError(f"`dtype`={self.dtype!r} is unknown: use float32, bfloat16 or float16.")
 
 
 def run(command: CommandArguments, args: InfluenceArguments) -> InfluenceReport:
@@ -78,8 +86,8 @@ def run(command: CommandArguments, args: InfluenceArguments) -> InfluenceReport:
     output = Path(command.output)
     _check_output(output, command)
     curvature = None if command.curvature is None else load_curvature(command.curvature)
-    model = load_model(command.model, command.dtype, command.device)
-    tokenizer = load_tokenizer(command.model)
+    model = command.load_model(command.model, command.device or default_device())
+    tokenizer = command.load_tokenizer(command.model)
     longest = longest_row(command.max_length, model, tokenizer)
     collate = UnlearnCollator.for_tokenizer(tokenizer)
 
@@ -123,14 +131,10 @@ def _check_output(output: Path, command: CommandArguments) -> None:
         raise ValueError(f"{where} holds a finished run: add --overwrite to replace it, or choose another folder.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = HfArgumentParser((CommandArguments, InfluenceArguments), prog="python -m soul_trainer.influence")
-    try:
-        report = run(*parser.parse_args_into_dataclasses(arguments))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def command(arguments: list[str] | None = None) -> None:
+    """Does what the command line asks for, and prints what came of it; errors are those of [`run`]."""
+    parser = CommandParser((CommandArguments, InfluenceArguments), __doc__)
+    report = run(*parser.parse_args_into_dataclasses(arguments))
     for number, residual in enumerate(report.residuals, start=1):
         print(f"iteration {number}: residual {residual:.3g}")
     for half, losses in (("forget", report.forget_losses), ("retain", report.retain_losses)):
@@ -142,4 +146,13 @@ def main(arguments: list[str] | None = None) -> int:
         f"{report.forget_tokens} answer tokens to forget, {report.retain_tokens} to retain, damping "
         f"{report.damping:.3g}: {report.num_parameters} weights moved by a norm of {report.applied_norm:.4g}"
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        command(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -36,7 +36,8 @@ class Reference:
 
     def __init__(self, model: torch.nn.Module, is_fresh_adapter: bool, engine: Engine):
         self.model, self.engine = model, engine
-        is_silent = is_fresh_adapter and _adds_nothing(model)
+        with engine.autocast():
+            is_silent = is_fresh_adapter and _adds_nothing(model)
         engine.forget_gathered(model)
         self.kept = None if is_silent else [weight.clone() for weight in engine.local_weights(model)]
 

@@ -5,21 +5,25 @@ from collections.abc import Sequence
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import BestRun
+from transformers.utils import logging
 
 from . import engines
 from .callbacks import callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
 from .freezing import freeze_parameters
 from .objectives import parameters_of_layers
-from .records import complete_model_card, make_way, read_model_card
+from .precision import choose_precision
+from .records import complete_model_card, make_way, read_model_card, record_run
 from .reference_rows import drop_from_rows
 
+
+logger = logging.get_logger(__name__)
 
 # Settings whose default depends on the model and the engine.
 OPEN_SETTINGS = ("rule", "learning_rate", "retain_weight")
 
 
-class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
+class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheckpointMixin, Trainer):
     """
     The runs of an [`UnlearnTrainer`]. With `model_init` each has a model of its own, and so an engine, a reference and
     callbacks of its own.
@@ -32,6 +36,7 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
     fixed_settings = (
         *("forget_loss", "retain_loss", "trainable_parameters", "frozen_parameters", "rmu_layer"),
         *("max_length", "prompt_template", "refusal_answers", "seed", "data_seed"),
+        *("bf16", "fp16", "float32_weights"),
     )
 
     own_callbacks: Sequence[TrainerCallback] = ()
@@ -48,6 +53,7 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
         if not self.is_resumed:
             make_way(self.run_folder, self.args.overwrite, self.is_world_process_zero())
             self.accelerator.wait_for_everyone()
+        self.precision.widen(self.model)  # which a former run has turned back
         if self.model_init is not None:
             self.engine = self._interrupt.engine = engines.make_engine(self.accelerator, self.model)
             self.fill_settings()
@@ -59,6 +65,25 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
         # Before a checkpoint is loaded: the reference is the model that training began with.
         if not self.engine.shards:
             self.prepare_reference()
+
+    def end_run(self, metrics: dict[str, float]) -> None:
+        """Finishes the weights, turns them back to the dtype that they came in, and marks the run as finished."""
+        if self.objectives.any("is_negated"):
+            self.reference.negate(self.args.task_vector_scale)
+        if not self.engine.shards:
+            self.precision.narrow(self.model)
+        if self.is_world_process_zero():
+            record_run(self.run_folder, self.args, metrics)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As [`~transformers.Trainer`]'s, and computed as in training also after it."""
+        is_narrow = self.precision.is_narrow(self.model)
+        self.precision.widen(self.model)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if is_narrow:
+                self.precision.narrow(self.model)
 
     def fill_settings(self) -> None:
         """Gives the settings that are open the values that fit the model and its engine."""
@@ -92,7 +117,7 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
         return self.made_ready(super().call_model_init(trial))
 
     def made_ready(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        """The model with the adapter of `peft_config`, and frozen as the settings say."""
+        """The model with the adapter of `peft_config`, frozen and in a precision as the settings say."""
         args = self.args
         if self.peft_config is not None:
             if isinstance(model, PeftModel):
@@ -115,7 +140,18 @@ class RunMixin(engines.TrialMixin, engines.ShardedCheckpointMixin, Trainer):
                 f"forget_loss='rmu' trains down projections of `rmu_layer`={args.rmu_layer} and the two before it, "
                 f"unless `trainable_parameters` says otherwise: {error}"
             ) from None
+        self._take_precision(model)
         return model
+
+    def _take_precision(self, model: PreTrainedModel | PeftModel) -> None:
+        keeper = engines.keeper_of_weights(self.args, model)
+        precision = choose_precision(model, self.args, self.args.float32_weights, keeper)
+        if self.precision is None:  # else the accelerator is there already
+            engines.set_bf16(self.args, precision.bf16)
+            if precision.message and self.args.should_log:
+                logger.warning(precision.message)
+        self.precision = precision
+        precision.widen(model)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """

@@ -22,7 +22,6 @@ from .formats import longest_row, prepare
 from .halves import count_answers
 from .objectives import Objectives, l1_norm
 from .pairing import make_pairs, warn_of_common_rows
-from .records import record_run
 from .reference import Reference, forward_halves, needs_model
 from .reference_rows import RowForward, keep_with_rows
 from .runs import RunMixin
@@ -132,10 +131,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             if not Path(f"{self.run_folder}/checkpoint-{self.state.global_step}").exists():
                 engines.save_checkpoint(self)
             raise KeyboardInterrupt("Training was interrupted; resume_from_checkpoint continues it.")
-        if self.objectives.any("is_negated"):
-            self.reference.negate(self.args.task_vector_scale)
-        if self.is_world_process_zero():
-            record_run(self.run_folder, self.args, output.metrics)
+        self.end_run(output.metrics)
         return output
 
     def get_batch_samples(

@@ -68,7 +68,9 @@ def attack_run(
     if not names:
         return {}
     args = AttackArguments(model, target, str(output), gold, attacks=",".join(names), **settings)
-    width = getattr(AutoConfig.from_pretrained(target).get_text_config(), "hidden_size", 2880)
+    width = getattr(
+        AutoConfig.from_pretrained(target, **args.pretrained_options(target)).get_text_config(), "hidden_size", 2880
+    )
     relearning = RelearningArguments(
         relearn_rows=max(1, min(_ROWS, len(forget) // 2)),
         relearn_steps=_STEPS,

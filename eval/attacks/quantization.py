@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..extras import require
-from ..models import load_model
+from ..models import ModelArguments
 
 
 logger = logging.get_logger(__name__)
@@ -97,8 +97,7 @@ def load_quantized(
     name: str,
     bits: int,
     device: "str | torch.device | None" = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    loading: ModelArguments | None = None,
 ) -> PreTrainedModel:
     """
     Loads a model with weights of 8 bits (LLM.int8(), vector-wise, outliers apart) or 4 (NormalFloat, groups of 64).
@@ -107,8 +106,8 @@ def load_quantized(
         name (`str`): Folder or hub id of a model, or of an adapter, which is merged first.
         bits (`int`): 8 or 4.
         device (`str` or `torch.device`, *optional*): By default a GPU if there is one.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of all other weights, and of products with 4-bit weights.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code that comes with it may run.
+        loading ([`ModelArguments`], *optional*):
+            How it is loaded. Its `dtype` is that of all other weights, and of products with 4-bit weights.
 
     Raises:
         ImportError: If bitsandbytes is not installed.
@@ -117,7 +116,8 @@ def load_quantized(
     if bits not in (4, 8):
         raise ValueError(f"`bits` must be 4 or 8 with bitsandbytes, but it is {bits}: round to nearest instead.")
     require("bitsandbytes")
-    whole = load_model(name, "cpu", dtype, trust_remote_code=trust_remote_code)
+    loading = loading or ModelArguments()
+    whole = loading.load_model(name, "cpu")
     if bits == 4:
         config = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=str(whole.dtype).split(".")[1]
@@ -126,12 +126,14 @@ def load_quantized(
         config = BitsAndBytesConfig(load_in_8bit=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"quantization_config": config, "device_map": {"": str(device)}, "dtype": whole.dtype}
+    settings |= loading.pretrained_options(name)
     if not hasattr(whole, "merge_and_unload"):
         del whole
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **settings).eval()
+        return AutoModelForCausalLM.from_pretrained(name, **settings).eval()
+    settings.pop("revision", None)
     with tempfile.TemporaryDirectory() as folder:
         whole.merge_and_unload().save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
 
 
 def _linear_layers(model: torch.nn.Module, include_head: bool) -> list[tuple[Tensor, bool]]:

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from soul_trainer.loading import default_device
 
 from ..evaluation import ask
-from ..models import load_model, load_tokenizer, setup_digest, weights_digest
+from ..models import ModelArguments, setup_digest, weights_digest
 from ..rows import make_header, read_rows, write_rows
 from ..running import finished_rows, questions_digest
 from ..suites.base import Part, Suite
@@ -18,8 +19,6 @@ from .prompting import ask_rest, attacked_parts, transforms
 from .quantization import load_quantized, rounded_weights
 from .relearning import RelearningArguments, relearned_weights, rows_to_relearn
 
-
-logger = logging.get_logger(__name__)
 
 PLAIN, PREFIX = "plain", "prefix"
 # On questions that the suite asks; the second trains on something that has nothing to do with what was forgotten.
@@ -34,7 +33,7 @@ RELEARNT = "relearnt"
 
 
 @dataclass
-class AttackArguments:
+class AttackArguments(ModelArguments):
     """The models, the attacks and their settings."""
 
     model: str = field(metadata={"help": "Folder or hub id of the unlearned model or adapter."})
@@ -55,16 +54,18 @@ class AttackArguments:
     )
     batch_size: str = field(default="auto", metadata={"help": "Tokens in a batch, padding included, or auto."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda:1, ...; by default a GPU if there is one."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto is that of the weights."})
     limit: int | None = field(default=None, metadata={"help": "Ask the first rows of each split only."})
     prompt_template: str | None = field(
         default=None, metadata={"help": "As in training; by default the tokenizer's chat template, else plain."}
     )
     seed: int = field(default=0, metadata={"help": "Of the examples drawn."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model may run."})
+    target_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of --target on the hub; --revision is that of --model."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace other results in the output folder."})
 
     def __post_init__(self):
+        super().__post_init__()
         unknown = set(self.names) - set(ATTACKS)
         if unknown or not self.names:
             raise ValueError(f"--attacks {self.attacks}: choose some of {', '.join(ATTACKS)}.")
@@ -74,6 +75,10 @@ class AttackArguments:
             raise ValueError(f"--quantizer {self.quantizer} is unknown: use {ROUNDING} or {BITSANDBYTES}.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, but it is {self.limit}.")
+
+    def revision_of(self, name: str) -> str | None:
+        """The revision of the model of this name."""
+        return self.target_revision if name == self.target else super().revision_of(name)
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +122,9 @@ class Attacker:
     args: AttackArguments
     relearning: RelearningArguments
 
-    def ask(self, name: str, attacks: list[str], folder_of: Callable[[str], Path]) -> dict[str, list[dict]]:
+    def ask(
+        self, name: str, attacks: list[str], folder_of: Callable[[str], Path], role: str = ""
+    ) -> dict[str, list[dict]]:
         """
         Asks one model, as it is and under attacks; what is there already is read.
 
@@ -125,6 +132,7 @@ class Attacker:
             name (`str`): Folder or hub id of a model or an adapter, which is merged.
             attacks (`list[str]`): Of `ATTACKS`, and `"plain"`.
             folder_of (`Callable`): The folder of an attack's `rows.jsonl`.
+            role (`str`, *optional*): What progress bars call the model; by default its name.
 
         Returns:
             `dict[str, list[dict]]`: Rows by attack.
@@ -133,8 +141,9 @@ class Attacker:
             ValueError: If a folder holds other results and `overwrite` is not set.
         """
         args = self.args
-        tokenizer = load_tokenizer(name, args.trust_remote_code)
-        model = load_model(name, args.device, args.dtype, args.seed, args.trust_remote_code)
+        tokenizer = args.load_tokenizer(name)
+        set_seed(args.seed)
+        model = args.load_model(name, args.device or default_device()).eval()
         if hasattr(model, "merge_and_unload"):
             # An adapter froze what it is merged into, which relearning must be free to change.
             model = model.merge_and_unload().requires_grad_(True)
@@ -149,8 +158,8 @@ class Attacker:
         for attack in attacks:
             if attack not in found:
                 path = folder_of(attack) / "rows.jsonl"
-                logger.warning(f"{path.parent}: asking {name}")
-                write_rows(path, self._rows(attack, name, model, tokenizer), headers[attack])
+                rows = self._rows(attack, name, model, tokenizer, f"{role or Path(name).name}, {attack}")
+                write_rows(path, rows, headers[attack])
                 found[attack] = read_rows(path)[1]
         return found
 
@@ -158,6 +167,7 @@ class Attacker:
         settings = {
             **{key: getattr(self.args, key) for key in ("prompt_template", "limit", "splits")},
             **asdict(self.questions.own),
+            **self.args.loading_settings(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attack": attack,
             **self._settings(attack, tokenizer),
@@ -180,9 +190,11 @@ class Attacker:
         parts_of = self._parts_of(attack, tokenizer)
         return {"asked": questions_digest([part.answers for row in self.questions.rows for part in parts_of(row)])}
 
-    def _rows(self, attack: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    def _rows(
+        self, attack: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str
+    ) -> list[dict]:
         rows, args, own = self.questions.rows, self.args, self.questions.own
-        asking = {"batch_size": args.batch_size, "prompt_template": args.prompt_template}
+        asking = {"batch_size": args.batch_size, "prompt_template": args.prompt_template, "name": label}
         if attack == PREFIX:
             return ask_rest(model, tokenizer, rows, args.prefix_tokens, own.generate, own.max_new_tokens, **asking)
         with self._attacked(attack, name, model, tokenizer) as attacked:
@@ -204,7 +216,7 @@ class Attacker:
             with rounded_weights(model, QUANTIZATION[attack], self._group_size(attack)):
                 yield model
         elif attack in QUANTIZATION:
-            yield load_quantized(name, QUANTIZATION[attack], model.device, args.dtype, args.trust_remote_code)
+            yield load_quantized(name, QUANTIZATION[attack], model.device, args)
         else:
             yield model
 

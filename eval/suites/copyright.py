@@ -50,7 +50,7 @@ class CopyrightArguments:
     config: str | None = field(default=None, metadata={"help": "Configuration of a dataset, as in `raw` of MUSE."})
     split: str = field(default="train", metadata={"help": "Split of `text`, if it is a dataset."})
     retain_split: str = field(default="train", metadata={"help": "Split of `retain_text`, if it is a dataset."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
     prompt_tokens: str = field(default="100,300", metadata={"help": "Lengths of prompts in tokens, by commas."})
     continuation_tokens: int = field(default=200, metadata={"help": "Tokens that are compared after a prompt."})
     num_samples: int = field(
@@ -101,7 +101,7 @@ def load(arguments: CopyrightArguments, tokenizer: "PreTrainedTokenizerBase") ->
         sources[RETAIN] = (arguments.retain_text, arguments.retain_split, "retain_text")
     rows = []
     for side, (source, split, name) in sources.items():
-        texts = load_texts(source, arguments.config, split, arguments.revision, name)
+        texts = load_texts(source, arguments.config, split, arguments.dataset_revision, name)
         passages = _passages(texts, tokenizer, lengths, arguments, f"`{name}`={source!r}")
         for place, length in enumerate(lengths):
             for index, passage in enumerate(passages):

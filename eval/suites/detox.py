@@ -43,7 +43,7 @@ class DetoxArguments:
     )
     config: str | None = field(default=None, metadata={"help": "Configuration of the dataset, if it has several."})
     split: str = field(default="test", metadata={"help": "Split of the dataset: train for Real Toxicity Prompts."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
     prompts: str = field(
         default="all",
         metadata={
@@ -99,7 +99,7 @@ def load(arguments: DetoxArguments, tokenizer: "PreTrainedTokenizerBase | None" 
     if arguments.fluency_classifier:
         _check_label(arguments.fluency_classifier, arguments.fluent_label, "fluent_label")
     columns = ("prompt", *CHOICES[arguments.prompts])
-    items = load_split(arguments.dataset, arguments.config, arguments.split, arguments.revision, columns)
+    items = load_split(arguments.dataset, arguments.config, arguments.split, arguments.dataset_revision, columns)
     found, seen = [], set()
     for place, item in enumerate(items.select_columns(list(columns))):
         if not _is_chosen(item, arguments.prompts):

@@ -50,7 +50,7 @@ class MuseArguments:
         default="muse-bench/MUSE-News",
         metadata={"help": "Hub id (muse-bench/MUSE-Books), a folder in its layout, or MUSE's own data/news."},
     )
-    revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
     metrics: str = field(default=",".join(METRICS), metadata={"help": "Those to measure, by commas."})
     knowmem_tokens: int = field(default=32, metadata={"help": "Longest answer to a question, in tokens."})
     verbmem_tokens: int = field(default=128, metadata={"help": "Longest continuation of a text, in tokens."})
@@ -187,7 +187,7 @@ def _knowmem_rows(arguments: MuseArguments, tokenizer: "PreTrainedTokenizerBase"
     for split in KNOWMEM:
         side = split.partition("_")[2]
         pairs, shown = (
-            load_rows(arguments.dataset, "knowmem", name, ("question", "answer"), arguments.revision)
+            load_rows(arguments.dataset, "knowmem", name, ("question", "answer"), arguments.dataset_revision)
             for name in (f"{side}_qa", f"{side}_qa_icl")
         )
         require_texts(pairs, split, "question", "answer")
@@ -200,7 +200,7 @@ def _knowmem_rows(arguments: MuseArguments, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _verbmem_rows(arguments: MuseArguments, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[dict]]:
-    rows = load_rows(arguments.dataset, "verbmem", "forget", ("prompt", "gt"), arguments.revision)
+    rows = load_rows(arguments.dataset, "verbmem", "forget", ("prompt", "gt"), arguments.dataset_revision)
     require_texts(rows, VERBMEM, "prompt", "gt")
     found = []
     for row in rows:
@@ -217,7 +217,7 @@ def _privleak_rows(arguments: MuseArguments, tokenizer: "PreTrainedTokenizerBase
     found = {}
     for split in PRIVLEAK:
         name = split.partition("_")[2]
-        found[split] = load_rows(arguments.dataset, "privleak", name, ("text",), arguments.revision)
+        found[split] = load_rows(arguments.dataset, "privleak", name, ("text",), arguments.dataset_revision)
         require_texts(found[split], split, "text")
         for index, row in enumerate(found[split]):
             # Both as it stands and in lower case, whatever the tokenizer adds.

@@ -55,7 +55,7 @@ class OwnArguments:
         default=None,
         metadata={"help": "Rows that no training has seen, such as texts: what unlearning costs the language itself."},
     )
-    revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of datasets on the hub."})
     max_rows: int = field(
         default=400,
         metadata={"help": "Rows of those to keep and held out that are asked, spread evenly; to forget, all are."},
@@ -93,7 +93,7 @@ def load_splits(arguments: OwnArguments) -> "dict[str, Dataset]":
         ValueError: If a source is not there or its columns make no row.
     """
     sources = {split: getattr(arguments, split) for split in SPLITS}
-    return {split: load(source, arguments.revision, split) for split, source in sources.items() if source}
+    return {split: load(source, arguments.dataset_revision, split) for split, source in sources.items() if source}
 
 
 def load(source: str, revision: str | None = None, name: str = "dataset") -> "Dataset":

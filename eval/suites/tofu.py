@@ -47,7 +47,7 @@ class TofuArguments:
     """The rows of TOFU, or of a dataset of its form."""
 
     dataset: str = field(default="locuslab/TOFU", metadata={"help": "Hub id, or a folder in its layout."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
     forget_split: str = field(default="forget10", metadata={"help": "What was to be forgotten: forget01, 05 or 10."})
     held_out_rows: int = field(
         default=0, metadata={"help": "So many last rows of retain_perturbed are held out, where there is no such set."}
@@ -316,10 +316,10 @@ def _load(arguments: TofuArguments, tokenizer: "PreTrainedTokenizerBase") -> lis
         arguments.dataset,
         arguments.forget_split,
         held_out_rows=arguments.held_out_rows,
-        revision=arguments.revision,
+        revision=arguments.dataset_revision,
     )
     if arguments.non_members:
-        splits[NON_MEMBERS] = load_split(arguments.dataset, arguments.non_members, revision=arguments.revision)
+        splits[NON_MEMBERS] = load_split(arguments.dataset, arguments.non_members, revision=arguments.dataset_revision)
     return unscored_rows(splits)
 
 

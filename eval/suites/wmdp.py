@@ -53,7 +53,7 @@ class WmdpArguments:
     """The questions of WMDP and of MMLU, or of datasets of their form."""
 
     dataset: str = field(default="cais/wmdp", metadata={"help": "Hub id, or a folder in its layout."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
     subsets: str = field(
         default=",".join(TOPICS), metadata={"help": "Configurations, by commas; those that unlearning was to touch."}
     )
@@ -82,7 +82,7 @@ def load_questions(arguments: WmdpArguments) -> list[dict]:
     """
     rows = []
     for subset in _chosen("subsets", arguments.subsets, tuple(TOPICS)):
-        items = load_rows(arguments.dataset, subset, "test", COLUMNS, arguments.revision)
+        items = load_rows(arguments.dataset, subset, "test", COLUMNS, arguments.dataset_revision)
         rows += _numbered(subset.replace("-", "_"), [{"subject": TOPICS[subset], **item} for item in items])
     if arguments.mmlu not in (None, "", "none"):
         known = tuple(subject for subjects in MMLU_SUBJECTS.values() for subject in subjects)

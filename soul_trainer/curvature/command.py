@@ -1,4 +1,9 @@
-"""The work of `python -m soul_trainer.curvature`: model and rows in, a file of curvature out."""
+"""
+Measures the curvature of a model's loss once, for every later request to remove something from it.
+
+    python -m soul_trainer.curvature --model DIR --dataset retain.jsonl --output curvature.safetensors
+    torchrun --nproc_per_node 8 -m soul_trainer.curvature ...
+"""
 
 import hashlib
 import os
@@ -10,20 +15,22 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..batch import IGNORE_INDEX, ForgetRetainBatch
 from ..chunks import chunk_texts
 from ..collator import UnlearnCollator
+from ..command_line import CommandParser
 from ..formats import longest_row, prepare
 from ..freezing import freeze_parameters
-from ..loading import load_model, load_rows, load_texts, load_tokenizer
+from ..loading import ModelArguments, default_device, load_rows, load_texts
 from ..settings import check_at_least, check_choice, setting
 from ..weights import weights_digest
 from .file import Curvature, save_curvature
@@ -43,13 +50,15 @@ _NOT_NUMBERS = ("output", "device", "save_minutes", "overwrite")
 
 
 @dataclass
-class CurvatureArguments:
+class CurvatureArguments(ModelArguments):
     """
     What to measure, of what, and where the file goes.
 
     Raises:
         ValueError: If a value is unknown or out of its range.
     """
+
+    known_dtypes: ClassVar[tuple[str, ...]] = DTYPES
 
     model: str = field(metadata={"help": "Folder or hub id of a causal language model or an adapter."})
     dataset: str = field(metadata={"help": "Rows (JSON lines, folder, hub id) or plain text (.txt, folder of them)."})
@@ -72,7 +81,11 @@ class CurvatureArguments:
         None, "Regular expressions: parameters in whose names one is found are measured; by default all that train."
     )
     frozen_parameters: list[str] | None = setting(None, "Regular expressions: parameters that are left out.")
-    dtype: str = setting("float32", f"Of the weights: {', '.join(DTYPES)}. Sums are float32 at least.")
+    dtype: str = field(
+        default="float32",
+        metadata={"help": f"Of the weights: {', '.join(DTYPES)}. Sums are float32 at least."},
+        kw_only=True,
+    )
     device: str | None = setting(None, "cpu, cuda:1, ...; by default a GPU if there is one, one for each process.")
     layers_at_once: int | None = setting(
         None, "Matrices whose sums are in memory at once, >= 1, at two passes over the rows each; by default all."
@@ -82,9 +95,9 @@ class CurvatureArguments:
     overwrite: bool = setting(False, "Whether to replace a finished file, or another measurement's progress.")
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("kind", self.kind, KINDS)
         check_choice("estimator", self.estimator, SQUARES)
-        check_choice("dtype", self.dtype, DTYPES)
         counts = ("rank", "num_rows", "batch_size", "estimate_size", "layers_at_once")
         check_at_least(1, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.label_smoothing < 1:
@@ -139,8 +152,9 @@ def run(args: CurvatureArguments) -> CurvatureReport:
         raise ValueError(f"`output`={args.output!r} is there already: add --overwrite to replace a finished file.")
     state = _processes(args.device)
     engine = SummingEngine(state)
-    model = load_model(args.model, args.dtype, args.device or (state.device if state else None)).eval()
-    tokenizer = load_tokenizer(args.model)
+    device = args.device or (state.device if state else default_device())
+    model = args.load_model(args.model, device).eval()
+    tokenizer = args.load_tokenizer(args.model)
     with state.main_process_first() if state else nullcontext():
         rows = _tokenized(args, model, tokenizer)
     freeze_parameters(model, args.trainable_parameters, args.frozen_parameters)
@@ -264,15 +278,11 @@ def _measure(args: CurvatureArguments, measurement: Measurement, metadata: dict)
         measurement.run(after_estimate, save)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = HfArgumentParser(CurvatureArguments, prog="python -m soul_trainer.curvature")
-    try:
-        (args,) = parser.parse_args_into_dataclasses(arguments)
-        report = run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def command(arguments: list[str] | None = None) -> None:
+    """Measures what the command line asks for, and prints what came of it; errors are those of [`run`]."""
+    parser = CommandParser(CurvatureArguments, __doc__)
+    (args,) = parser.parse_args_into_dataclasses(arguments)
+    report = run(args)
     if report.is_main_process:
         quality = "the diagonal alone"
         if number := len(report.kept_share):
@@ -282,4 +292,13 @@ def main(arguments: list[str] | None = None) -> int:
             f"{args.output}: {report.num_tokens} tokens of {report.num_rows} rows, {quality}; "
             f"{report.seconds:.1f} seconds"
         )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        command(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0

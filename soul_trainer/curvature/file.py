@@ -90,8 +90,8 @@ def check_model(curvature: Curvature, digest: str) -> None:
         dtype = curvature.metadata.get("settings", {}).get("dtype", "its own")
         raise ValueError(
             f"The curvature is of weights with the hash {measured}, and the model's is {digest}: load the model that "
-            f"it was measured of, in the same dtype ({dtype}), or measure this one by `python -m "
-            "soul_trainer.curvature`."
+            f"it was measured of, in the same dtype ({dtype}; a trainer turns 16 bits to float32 unless "
+            "`float32_weights` is False), or measure this one by `python -m soul_trainer.curvature`."
         )
 
 

@@ -8,6 +8,7 @@ Every branch on the engine that runs the model, and every sum over processes. No
 | `deepspeed.py` | DeepSpeed ZeRO 1 to 3, with or without CPU offload |
 | `checks.py` | what is refused, with the reason |
 | `checkpoints.py` | which checkpoints can be resumed, and those of sharded models |
+| `saving.py` | the dtype that a model is saved in |
 | `hooks.py` | what unlearning does to a [`~transformers.Trainer`] from outside its schedule |
 | `trials.py` | when a run of a trainer begins, and where it goes |
 """
@@ -22,6 +23,7 @@ from .checks import check_engine, check_estimator, check_rows_are_whole, check_t
 from .deepspeed import DeepSpeedEngine
 from .fsdp import FSDP2Engine, is_sharded
 from .hooks import rows_per_forward, save_checkpoint, stop_at_rows
+from .saving import SavedDtypeMixin, keeper_of_weights, set_bf16
 from .trials import TrialMixin
 
 
@@ -30,6 +32,7 @@ __all__ = [
     "Engine",
     "GradientError",
     "KeptWithCheckpoint",
+    "SavedDtypeMixin",
     "ShardedCheckpointMixin",
     "TrialMixin",
     "check_engine",
@@ -37,10 +40,12 @@ __all__ = [
     "check_trainer",
     "damage_of",
     "find_soul",
+    "keeper_of_weights",
     "make_engine",
     "prepare_deepspeed",
     "rows_per_forward",
     "save_checkpoint",
+    "set_bf16",
     "stop_at_rows",
     "trained_parameters",
     "whole_checkpoint",
