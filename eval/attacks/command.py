@@ -153,7 +153,7 @@ def recovery_table(found: Found) -> str:
 def _questions(args: AttackArguments, own: TofuArguments) -> Questions:
     if own.non_members or own.embedding_model:
         raise ValueError("`attack` asks questions alone: leave --non_members and --embedding_model to the tofu suite.")
-    splits = load_splits(own.dataset, own.forget_split, held_out_rows=own.held_out_rows, revision=own.revision)
+    splits = load_splits(own.dataset, own.forget_split, held_out_rows=own.held_out_rows, revision=own.dataset_revision)
     wanted = args.splits.split(",")
     if missing := [split for split in wanted if split not in splits]:
         raise ValueError(f"--splits {args.splits}: {missing[0]!r} is none of {[s for s in SPLITS if s in splits]}.")
