@@ -30,6 +30,7 @@ from soul_trainer.command_line import PlainParser
 
 # Of no final run. Those of TOFU take other authors each, of which there are not so many.
 SEARCH_SEEDS = {"embedded-0.3M": 100, "embedded-2M": 100, "embedded-10M": 100, "tofu": 4, "smollm2": 4}
+SMALLEST = "embedded-0.3M"
 FINAL_SEEDS = {"embedded-0.3M": 5, "embedded-2M": 3, "embedded-10M": 3, "tofu": 3, "smollm2": 3}
 
 
@@ -49,17 +50,20 @@ def done(folder: Path) -> dict[str, dict]:
 def final_plan(
     folder: Path, task: str, families: list[str], objectives: list[str], levels: list[float] | None = None
 ) -> list[dict]:
-    """The settings that the search chose for each depth, on every other seed; and defaults, which need no search."""
+    """
+    The settings that the search chose for each depth, on every other seed; and defaults, which need no search. A task
+    without a search takes what was found on the smallest model: learning rates fit the width by themselves.
+    """
     runs = [parse_run(json.dumps(line)) for line in done(folder).values()]
     plan = []
     for seed in range(FINAL_SEEDS[task]):
         for objective in objectives:
             for name in families:
-                found = [
-                    run
-                    for run in runs
-                    if (run.task, run.family, run.objective, run.stage) == (task, name, objective, "search")
+                searched = [
+                    run for run in runs if (run.family, run.objective, run.stage) == (name, objective, "search")
                 ]
+                found = [run for run in searched if run.task == task]
+                found = found or [run for run in searched if run.task == SMALLEST]
                 depths = levels or levels_of(objective)
                 settings = [best_setting(found, level) for level in depths] if FAMILIES[name].varied else [{}]
                 unique = {json.dumps(setting, sort_keys=True): setting for setting in settings}
