@@ -16,6 +16,7 @@ from .columns import Column
 from .examples import as_script_data, example_data, few_examples
 from .runs import Run, run_colours, shown_columns
 from .sentences import interval_text, table_note, value_text
+from .verdict import CAME_BACK, CANNOT_TELL, DAMAGED, FORGOTTEN, NOT_FORGOTTEN, PARTLY_FORGOTTEN, Verdict
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 
 # With more models, a figure's sentence goes below their values and not beside them.
 NUM_BESIDE = 5
+# Class and sign of each kind: colour alone would say nothing to some.
+VERDICT_SIGNS = {
+    FORGOTTEN: ("good", "✓"),
+    PARTLY_FORGOTTEN: ("partly", "◐"),
+    NOT_FORGOTTEN: ("bad", "✗"),
+    DAMAGED: ("bad", "!"),
+    CAME_BACK: ("bad", "↩"),
+    CANNOT_TELL: ("open", "?"),
+}
 ROLE_WORDS = {"target": "before unlearning", "gold": "never saw the rows", "unlearned": ""}
 
 
@@ -34,6 +44,7 @@ def html_page(
     drawings: list[Drawing],
     best: dict[str, set[str]],
     sentences: dict[str, str],
+    verdicts: list[Verdict],
 ) -> str:
     """
     The whole page.
@@ -45,6 +56,7 @@ def html_page(
         drawings (`list[Drawing]`): From `draw_all`.
         best (`dict[str, set[str]]`): For each column the names of the runs to point out.
         sentences (`dict[str, str]`): For each column what it means here.
+        verdicts (`list[Verdict]`): On the unlearned models, in their order.
 
     Returns:
         `str`: HTML, in which everything that came from outside is escaped.
@@ -54,6 +66,7 @@ def html_page(
     script = _file("page.js") if splits else ""
     sections = [
         f"<h1>{escape(title)}</h1>",
+        _verdicts(runs, verdicts),
         *(f"<p>{escape(note)}</p>" for note in notes),
         _figures_section(runs, best, sentences),
         _pictures(drawings),
@@ -72,6 +85,31 @@ def html_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _verdicts(runs: list[Run], verdicts: list[Verdict]) -> str:
+    if not verdicts:
+        return ""
+    places = {run.name: place for place, run in enumerate(runs)}
+    items = []
+    for verdict in verdicts:
+        kind, sign = VERDICT_SIGNS[verdict.kind]
+        reasons = "\n".join(f"<li>{_unbroken(reason)}</li>" for reason in verdict.reasons)
+        items.append(
+            f'<article class="verdict {kind}">\n<p class="kind"><span class="sign" aria-hidden="true">{sign}</span>'
+            f'{escape(verdict.title)} <span class="run run{places[verdict.run]}">{escape(verdict.run)}</span></p>\n'
+            f"<div><p>{_unbroken(verdict.sentence)}</p>\n"
+            f"<details><summary>Why</summary>\n<ul>\n{reasons}\n</ul></details></div>\n</article>"
+        )
+    note = '<p class="aside">Brackets hold 95% intervals. docs/verdict.md has the rules.</p>'
+    body = "\n".join(items)
+    several = " several" if len(verdicts) > 1 else ""
+    return f'<section class="verdicts{several}" aria-label="Verdict">\n{body}\n{note}\n</section>'
+
+
+def _unbroken(text: str) -> str:
+    """No line ends within an interval."""
+    return re.sub(r"\[([^][]+), ([^][]+)\]", "[\\1,\u00a0\\2]", escape(text))
 
 
 def _figures_section(runs: list[Run], best: dict[str, set[str]], sentences: dict[str, str]) -> str:

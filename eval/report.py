@@ -4,6 +4,7 @@ a report can be made again, wherever its rows are.
 """
 
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +14,23 @@ from .registry import column_of
 from .rows import write_whole
 from .runs import Run, shown_columns
 from .sentences import interval_text, sentence, table_note, value_text, with_interval
+from .statistics import Figure
+from .verdict import Verdict, verdict, verdicts, write_verdicts
 
 
 __all__ = ["Run", "add_to_model_card", "model_card_section", "table", "write_report"]
 
 TABLE_WIDTH = 120
 # Longer names give way to a column.
-NAME_WIDTH = 16
+NAME_WIDTH, LONGEST_NAME = 16, 40
 _BEGIN, _END = "<!-- soul-eval: begin -->", "<!-- soul-eval: end -->"
 
 
 def table(runs: list[Run]) -> str:
     """
-    The figures of main interest, a run a line, as plain text of at most `TABLE_WIDTH` columns: with intervals where
-    they fit in, and otherwise with half their width below. More columns than fit go into a block of their own.
+    The verdicts, if there is a model to compare with, and the figures of main interest, a run a line, as plain text of
+    at most `TABLE_WIDTH` columns: with intervals where they fit in, and otherwise with the ends below. More
+    columns than fit go into a block of their own.
 
     Args:
         runs (`list[Run]`): In the order of the lines.
@@ -47,13 +51,20 @@ def table(runs: list[Run]) -> str:
             blocks.append([])
             room = TABLE_WIDTH - name_width - _width(each)
         blocks[-1].append(each)
-    note = table_note(runs, *([] if is_inline else ["± is half of a 95% interval"]))
+    note = table_note(runs, *([] if is_inline else ["95% intervals stand below"]))
     num_more = len(shown_columns(runs)) - len(columns)
     note += f" {num_more} more figures are in the summary and the report." if num_more else ""
     # Names have what room the fullest block leaves, and the same in all of them.
     room = TABLE_WIDTH - max((sum(map(_width, block)) for block in blocks), default=0)
+    said = [f"{_shortened(each.run, LONGEST_NAME)}: {each.kind}. {each.sentence}" for each in verdicts(runs)]
+    said = [textwrap.fill(each, TABLE_WIDTH, subsequent_indent="  ") for each in said]
+    is_compared = any(run.role != "unlearned" for run in runs)
     return "\n\n".join(
-        [*(_text_block(block, runs, max(1, room)) for block in blocks), textwrap.fill(note, TABLE_WIDTH)]
+        [
+            *(["\n".join(said)] if said and is_compared else []),
+            *(_text_block(block, runs, max(1, room)) for block in blocks),
+            textwrap.fill(note, TABLE_WIDTH),
+        ]
     )
 
 
@@ -67,9 +78,9 @@ def _text_cells(column: Column, runs: list[Run], is_inline: bool) -> list[str]:
         width = max(map(len, intervals))
         values = [f"{value} {interval.ljust(width)}" for value, interval in zip(values, intervals)]
     elif not is_inline:
-        # Half of a p-value's interval says nothing: it goes over orders of magnitude.
+        # A p-value's interval goes over orders of magnitude, and says nothing in little room.
         is_shown = [bool(interval) and not column.is_p_value for interval in intervals]
-        below = [f"±{column.text((f.high - f.low) / 2)}" if shown else "" for f, shown in zip(figures, is_shown)]
+        below = [_ends(column, figure) if shown else "" for figure, shown in zip(figures, is_shown)]
     first, second = column.label
     lines = [first, " ".join(filter(None, (second, column.arrow)))]
     lines += [line for pair in zip(values, below) for line in pair]
@@ -77,12 +88,21 @@ def _text_cells(column: Column, runs: list[Run], is_inline: bool) -> list[str]:
     return [line.rjust(width) for line in lines]
 
 
+def _shortened(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width - 1]}…"
+
+
+def _ends(column: Column, figure: Figure) -> str:
+    """The ends of an interval in little room: `.004-.048`."""
+    return "-".join(re.sub(r"^(-?)0\.", r"\1.", column.text(end)) for end in (figure.low, figure.high))
+
+
 def _width(cells: list[str]) -> int:
     return len(cells[0]) + 1
 
 
 def _text_block(cells: list[list[str]], runs: list[Run], room: int) -> str:
-    names = [run.name if len(run.name) <= room else f"{run.name[: room - 1]}…" for run in runs]
+    names = [_shortened(run.name, room) for run in runs]
     name_cells = ["", "", *(line for name in names for line in (name, ""))]
     width = max(map(len, name_cells))
     lines = [" ".join(line) for line in zip((name.ljust(width) for name in name_cells), *cells)]
@@ -92,7 +112,8 @@ def _text_block(cells: list[list[str]], runs: list[Run], room: int) -> str:
 
 def write_report(output_dir: str | os.PathLike, title: str, runs: list[Run], notes: str | Sequence[str] = ()) -> Path:
     """
-    Writes `report.md`, the pictures as PNG files, and `report.html`, which holds them and needs nothing else.
+    Writes `verdict.json`, `report.md`, the pictures as PNG files, and `report.html`, which holds them and needs
+    nothing else. Both pages begin with the verdicts.
 
     Args:
         output_dir (`str` or `os.PathLike`): The folder; it is made.
@@ -120,9 +141,12 @@ def write_report(output_dir: str | os.PathLike, title: str, runs: list[Run], not
     for drawing in drawings:
         write_whole(output / drawing.file, drawing.png)
     images = [f"![{_cell(drawing.title)}]({drawing.file})\n\n{drawing.caption}" for drawing in drawings]
-    parts = [f"# {title}", *notes, markdown_table(runs), table_note(runs), _sentences(said), *images, _readings(runs)]
-    write_whole(output / "report.md", "\n\n".join(parts) + "\n")
-    write_whole(output / "report.html", html_page(title, notes, runs, drawings, best_values(runs), said))
+    judged = verdicts(runs)
+    write_verdicts(output, judged)
+    parts = [f"# {title}", verdict_table(judged), *notes, markdown_table(runs), table_note(runs), _sentences(said)]
+    parts += [*images, _readings(runs)]
+    write_whole(output / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_whole(output / "report.html", html_page(title, notes, runs, drawings, best_values(runs), said, judged))
     return output / "report.html"
 
 
@@ -139,6 +163,17 @@ def markdown_table(runs: list[Run]) -> str:
             cells.append(" ".join(filter(None, (text, interval_text(column, figure)))))
         lines.append([_cell(column.title), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict_table(judged: list[Verdict]) -> str:
+    """The verdicts in Markdown: one with its reasons, or a table of several; empty if there is none."""
+    if len(judged) == 1:
+        (only,) = judged
+        reasons = "\n".join(f"> - {_cell(reason)}" for reason in only.reasons)
+        return f"> **{only.title}.** {_cell(only.sentence)}\n>\n{reasons}"
+    lines = [["", "verdict", ""], ["---"] * 3]
+    lines += [[_cell(each.run), f"**{each.title}**", _cell(each.sentence)] for each in judged]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if judged else ""
 
 
 def best_values(runs: list[Run]) -> dict[str, set[str]]:
@@ -166,7 +201,7 @@ def best_values(runs: list[Run]) -> dict[str, set[str]]:
 
 def model_card_section(run: Run, target: Run | None = None, gold: Run | None = None) -> str:
     """
-    The figures of a model, for its card.
+    The verdict on a model and its figures, for its card.
 
     Args:
         run (`Run`): The model that the card is of.
@@ -185,7 +220,9 @@ def model_card_section(run: Run, target: Run | None = None, gold: Run | None = N
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     gold_note = " The gold model was trained without the rows to forget." if gold else ""
     tofu_note = " Their definitions are TOFU's (arXiv 2401.06121)." if run.figure("model_utility") else ""
-    return f"## Evaluation of unlearning\n\n{table_note([run])}{gold_note}{tofu_note}\n\n{rows}\n"
+    judged = verdict(run, target, gold)
+    said = f"**{judged.title}.** {_cell(judged.sentence)}"
+    return f"## Evaluation of unlearning\n\n{said}\n\n{table_note([run])}{gold_note}{tofu_note}\n\n{rows}\n"
 
 
 def add_to_model_card(path: str | os.PathLike, section: str) -> None:

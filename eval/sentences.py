@@ -31,7 +31,7 @@ NEVER_SAW = "a model that never saw them"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Meaning:
     """What holds for a model, how much, and what that stands on."""
 
     kind: str
@@ -67,15 +67,15 @@ def sentence(column: Column, runs: list[Run]) -> str:
     if reference:
         text = text_of(column, reference.figure(column.key))
         aside = f"the gold model {text}" if reference is gold else f"from {text} before unlearning"
-    verdicts = [_verdict(column, run, reference) for run in shown]
+    meanings = [_meaning(column, run, reference) for run in shown]
     if len(shown) > NUM_NAMED:
-        return _sorted_by_verdict(column, shown, verdicts, aside)
+        return _sorted_by_meaning(column, shown, meanings, aside)
     parts = []
-    for run, verdict in zip(shown, verdicts):
+    for run, meaning in zip(shown, meanings):
         said = text_of(column, run.figure(column.key))
         if not parts:  # what the figure is and what it is compared with are said once
             said = f"{column.phrase.format(said)}{f', {aside}' if aside else ''}"
-        meaning = str(verdict or "")
+        meaning = str(meaning or "")
         if parts:
             meaning = meaning.replace(f" than {NEVER_SAW}", "").replace(NEVER_SAW, "it")
         parts.append(f"{run.name} {said}" + (f": {meaning}" if meaning else ""))
@@ -121,35 +121,35 @@ def interval_text(column: Column, figure: Figure | None) -> str:
     return f"[{column.text(figure.low)}, {column.text(figure.high)}]"
 
 
-def _sorted_by_verdict(column: Column, shown: list[Run], verdicts: list[Verdict | None], aside: str) -> str:
+def _sorted_by_meaning(column: Column, shown: list[Run], meanings: list[Meaning | None], aside: str) -> str:
     groups: dict[str, list[str]] = {}
-    for run, verdict in zip(shown, verdicts):
+    for run, meaning in zip(shown, meanings):
         text = f"{run.name} ({column.text(run.value(column.key))})"
-        groups.setdefault(verdict.kind if verdict else "", []).append(text)
+        groups.setdefault(meaning.kind if meaning else "", []).append(text)
     parts = [f"{kind}: {', '.join(names)}" if kind else ", ".join(names) for kind, names in groups.items()]
     parts = ([aside] if aside else []) + parts
     text = "; ".join(parts) + "."
     return text[0].upper() + text[1:] if aside else text
 
 
-def _verdict(column: Column, run: Run, reference: Run | None) -> Verdict | None:
+def _meaning(column: Column, run: Run, reference: Run | None) -> Meaning | None:
     figure = run.figure(column.key)
     if isinstance(column.goal, (int, float)):
         return _against_number(column, figure)
     if column.goal == "gold" and (reference is None or reference.role != "gold"):
-        return Verdict("there is no gold model to say how much a model has that never saw them")
+        return Meaning("there is no gold model to say how much a model has that never saw them")
     if reference is None:
-        return Verdict("there is no model before unlearning to compare with") if column.goal == "target" else None
+        return Meaning("there is no model before unlearning to compare with") if column.goal == "target" else None
     difference = figure.value - reference.value(column.key)
     strength, evidence = _strength(column.key, run, reference)
     size = f" by {column.text(abs(difference))}"
     if strength == "none":
-        return Verdict(_same(column), evidence=evidence)
+        return Meaning(_same(column), evidence=evidence)
     if column.goal == "gold":
         kind, size = _against_gold(column, difference, strength == "perhaps"), ""
     else:
         kind = f"{'perhaps ' if strength == 'perhaps' else ''}{'up' if difference > 0 else 'down'}"
-    return Verdict(kind, size, evidence)
+    return Meaning(kind, size, evidence)
 
 
 def _same(column: Column) -> str:
@@ -167,16 +167,16 @@ def _against_gold(column: Column, difference: float, is_doubtful: bool) -> str:
     return f"{perhaps}less than {NEVER_SAW}" + ("" if is_doubtful else ", which is damage and no better forgetting")
 
 
-def _against_number(column: Column, figure: Figure) -> Verdict:
+def _against_number(column: Column, figure: Figure) -> Meaning:
     goal = f"{column.goal_words}, {column.goal:g}," if column.goal_words else f"{column.goal:g}"
     if figure.low is not None and figure.low <= column.goal <= figure.high:
-        return Verdict(f"{goal} lies within the interval")
+        return Meaning(f"{goal} lies within the interval")
     goal = goal.rstrip(",")
     if figure.value == column.goal:
-        return Verdict(f"as {goal}")
+        return Meaning(f"as {goal}")
     side = "above" if figure.value > column.goal else "below"
     evidence = "the interval does not reach it" if figure.low is not None else "no interval to judge it by"
-    return Verdict(f"{side} {goal}", evidence=evidence)
+    return Meaning(f"{side} {goal}", evidence=evidence)
 
 
 def _strength(key: str, run: Run, reference: Run) -> tuple[str, str]:
@@ -184,7 +184,7 @@ def _strength(key: str, run: Run, reference: Run) -> tuple[str, str]:
     figures = [each.figure(key) for each in (run, reference)]
     if run.value(key) == reference.value(key):
         return "none", "the same value"
-    values = [_row_values(key, each) for each in (run, reference)]
+    values = [row_values(key, each) for each in (run, reference)]
     if values[0] and values[0].keys() == values[1].keys() and len(values[0]) > 1:
         places = sorted(values[0])
         test = paired_comparison(*([each[place] for place in places] for each in values), key, OPEN)
@@ -201,8 +201,17 @@ def _strength(key: str, run: Run, reference: Run) -> tuple[str, str]:
     return "perhaps", "the intervals overlap"
 
 
-def _row_values(key: str, run: Run) -> dict[int, float]:
-    """The values by index that a figure is the mean of; empty unless the run's rows hold them all."""
+def row_values(key: str, run: Run) -> dict[int, float]:
+    """
+    The values that a figure is the mean of.
+
+    Args:
+        key (`str`): The figure.
+        run ([`~runs.Run`]): The model.
+
+    Returns:
+        `dict[int, float]`: By index of the row; empty unless the run's rows hold them all.
+    """
     for pattern, split, value_of, fields in _ROW_VALUES:
         found = re.fullmatch(pattern, key)
         rows = [row for row in run.rows if found and row["split"] == found.expand(split)]
@@ -210,7 +219,7 @@ def _row_values(key: str, run: Run) -> dict[int, float]:
             continue
         values = value_of(rows[0]["split"], *([row[field] for row in rows] for field in fields))
         # A suite may mean something else by the name.
-        if abs(float(np.mean(values)) - run.value(key)) <= SAME_FIGURE:
+        if run.figure(key) and abs(float(np.mean(values)) - run.value(key)) <= SAME_FIGURE:
             return {row["index"]: float(value) for row, value in zip(rows, values)}
     return {}
 
@@ -231,6 +240,7 @@ def _as_they_are(split: str, values: list[float]) -> list[float]:
 _ROW_VALUES = (
     (r"(.+)_probability", r"\1", _probabilities, ("answer_nll", "perturbed_nll")),
     (r"(.+)_probability", r"\1", lambda _, nlls: answer_probabilities(nlls), ("answer_nll",)),
+    (r"retain_continuation_nll_(\d+)", r"retain_\1", _as_they_are, ("answer_nll",)),
     (r"(.+)_nll", r"\1", _as_they_are, ("answer_nll",)),
     (r"(.+)_verbatim_overlap", r"\1", _as_they_are, ("verbatim_overlap",)),
     (r"(.+)_truth_ratio", r"\1", _truth_ratios, ("paraphrased_nll", "perturbed_nll")),
@@ -240,6 +250,7 @@ _ROW_VALUES = (
     (r"(.+)_mention_accuracy", r"\1", _as_they_are, ("mentions_answer",)),
     (r"(.+)_accuracy", r"\1", _as_they_are, ("is_correct",)),
     (r"leak_rougeL_(\d+)", r"forget_\1", _as_they_are, ("rougeL_recall",)),
+    (r"retain_leak_rougeL_(\d+)", r"retain_\1", _as_they_are, ("rougeL_recall",)),
     (r"leak_bleu_(\d+)", r"forget_\1", _as_they_are, ("bleu",)),
     (r"toxicity_mean", "prompts", _as_they_are, ("toxicity",)),
     (r"toxicity_rate", "prompts", _as_they_are, ("is_toxic",)),

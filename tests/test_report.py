@@ -103,7 +103,7 @@ def test_report_is_complete_and_needs_nothing_else(tmp_path):
     """Catches pictures left beside the page, anything fetched from a network, and text that runs as a script."""
     path = write_report(tmp_path / "report", f"Title {EVIL}", make_runs(), [f"Note {EVIL}"])
     assert path == tmp_path / "report" / "report.html"
-    assert sorted(os.listdir(tmp_path / "report")) == sorted([*PICTURES, "report.html", "report.md"])
+    assert sorted(os.listdir(tmp_path / "report")) == sorted([*PICTURES, "report.html", "report.md", "verdict.json"])
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == [] and page.handlers == []
@@ -165,7 +165,8 @@ def test_report_names_the_best_and_says_how_to_read_it(tmp_path):
     runs[3].summary |= {"forget_quality": 1e-9, "forget_probability": 0.1, "model_utility": 0.5}
     write_report(tmp_path, "Title", runs)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    head, _, *lines = [line for line in text.splitlines() if line[:1] == "|"]
+    figures = text[text.index("|  | target |") :]
+    head, _, *lines = [line for line in figures.splitlines() if line[:1] == "|"]
     assert head.endswith(r"\| pipe <!--  |") and head.startswith("|  | target | gold | A |")
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
     assert rows["forget quality ↑"][2:] == ["**0.200**", "1.0e-09"]
@@ -215,7 +216,7 @@ def test_report_shows_what_there_is(tmp_path):
     """Catches a report that needs a gold model, a trajectory, logs, questions or forget rows."""
     run = Run("only", {"retain_probability": 0.9})
     write_report(tmp_path / "least", "Title", [run], "One note.")
-    assert sorted(os.listdir(tmp_path / "least")) == ["report.html", "report.md"]
+    assert sorted(os.listdir(tmp_path / "least")) == ["report.html", "report.md", "verdict.json"]
     rows = random_rows(0, num_rows=5)
     write_report(tmp_path / "rows", "Title", [Run("rows", summarise(rows), rows)])
     assert (tmp_path / "rows" / "truth_ratios.png").exists()
@@ -231,16 +232,18 @@ def test_table_fits_the_terminal():
     """Catches columns out of line with their heads, and lines that wrap."""
     runs = make_runs()
     runs[2].name = "a name that is far too long for any table " * 3
-    lines = table(runs).splitlines()
-    assert max(map(len, lines)) <= 120
-    # A line for each figure and one for half of its interval; then a line of notes.
+    said, _, text = table(runs).partition("\n\n")
+    lines = text.splitlines()
+    assert max(map(len, [*said.split("\n"), *lines])) <= 120
+    assert said.startswith("a name that is far too long for any tab…: cannot tell. The answers to forget have")
+    # A line for each figure and one for its interval; then a line of notes.
     body = lines[3 : lines.index("")]
-    assert len(body) == 2 * len(runs) and all("±" in line for line in body[1::2])
+    assert len(body) == 2 * len(runs) and all(re.search(r"\s\.\d{3}-\.\d{3}\b", line) for line in body[1::2])
     ends = [match.end() for match in re.finditer(r"-+", lines[2])]
     for line in body[::2]:
         assert all(line[end - 1] != " " and line[end : end + 1] in ("", " ") for end in ends[1:])
     utility = runs[0].figure("model_utility")
-    assert f"±{(utility.high - utility.low) / 2:.3f}" in body[1]
+    assert f"{utility.low:.3f}-{utility.high:.3f}".replace("0.", ".") in body[1]
     assert "…" in body[4] and "↑" in lines[1] and "12 of forget" in " ".join(lines[-2:])
     plain = table([Run("x", {"forget_quality": 0.0, "model_utility": 0.5})]).splitlines()
     assert plain[3].split() == ["x", "0", "0.500"]
