@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 
@@ -20,6 +22,9 @@ RUN_FILE = "unlearning.json"
 _TAGS = ("machine-unlearning", "soul-trainer")
 # In a model card, what follows was written after training, and stays.
 _SECTION_END = "<!-- soul-trainer: end -->"
+# What the Trainer writes of a model whose origin and data it does not know.
+_FIRST_SENTENCE = re.compile(r"^This model (?:was trained from scratch|is a fine-tuned version of .+?) on .+\.$", re.M)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 # The settings of TrainingArguments that decide what a run learns; the others say how it is run.
 _TRAINING_SETTINGS = (
@@ -95,21 +100,94 @@ def read_model_card(folder: str) -> ModelCard | None:
     return ModelCard.load(path) if path.exists() else None
 
 
-def complete_model_card(args: UnlearnConfig, before: ModelCard | None) -> None:
+@dataclass(frozen=True)
+class Provenance:
     """
-    Adds to the model card that the Trainer wrote to `output_dir` the method, its settings and tags, and what the card
-    before had and the Trainer does not know: metadata, such as base model and datasets, and what comes after the
-    settings, such as the figures of an evaluation.
+    What a model card says of where a model comes from: names and numbers, never paths or texts.
+
+    Attributes:
+        base (`str`, *optional*): Hub id or folder of the model that was made to forget.
+        num_rows (`Mapping[str, int]`): Rows that training used, by `forget` and `retain`.
+        names (`Mapping[str, str]`): What these are called, by the same keys: hub ids, file names.
+    """
+
+    base: str | None = None
+    num_rows: Mapping[str, int] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The model on the hub that this one comes from, if need be by way of a local model's own card."""
+        if self.base is None or not is_local(self.base):
+            return self.base
+        card = read_model_card(self.base)
+        parent = card.data.get("base_model") if card else None
+        return parent if isinstance(parent, str) and not is_local(parent) else None
+
+    def __str__(self) -> str:
+        link = f"[{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else ""
+        origin = link
+        if self.base and is_local(self.base):
+            origin = f"the local model `{public_name(self.base)}`" + (f", which comes from {link}," if link else "")
+        verbs = {"forget": "{} were to be forgotten", "retain": "{} to be kept"}
+        parts = [verbs[part].format(self._rows(part)) for part in verbs if self.num_rows.get(part)]
+        made = f"This model was made{f' from {origin}' if origin else ''} by machine unlearning"
+        return f"{made}{': ' if parts else ''}{', and '.join(parts)}."
+
+    def _rows(self, part: str) -> str:
+        number, name = self.num_rows[part], self.names.get(part)
+        return f"{number} row{'' if number == 1 else 's'}" + (f" of `{name}`" if name else "")
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or dataset is a folder or a file of this machine, and no id on the hub."""
+    return Path(name).exists() or _HUB_ID.fullmatch(name) is None
+
+
+def public_name(source: str) -> str:
+    """What a card calls a source: a hub id as it is, and of a path the last part."""
+    return Path(source).name if is_local(source) else source
+
+
+def complete_model_card(args: UnlearnConfig, before: ModelCard | None, provenance: Provenance | None = None) -> None:
+    """
+    Adds to the model card that the Trainer wrote to `output_dir` where the model comes from, the method, its settings
+    and tags, and what the card before had and the Trainer does not know: metadata, such as base model and datasets,
+    and what comes after the settings, such as the figures of an evaluation.
+
+    Args:
+        args ([`UnlearnConfig`]): Of the run.
+        before ([`~huggingface_hub.ModelCard`], *optional*): The card that was there before the Trainer's.
+        provenance ([`Provenance`], *optional*): Of the model. Without it, the Trainer's sentence stays.
     """
     path = Path(args.output_dir) / "README.md"
     card = ModelCard.load(path)
     known = before.data.to_dict() if before else {}
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_TAGS, *(known.get("tags") or [])]))
+    tags = [*(card.data.tags or []), *_TAGS, *(known.get("tags") or [])]
+    # peft names the base model by where it was loaded from.
+    card.data.tags = [tag for tag in dict.fromkeys(tags) if not (tag.startswith("base_model:") and _has_path(tag))]
+    base = card.data.get("base_model")
+    if provenance:
+        card.data["base_model"] = provenance.hub_id
+        card.text = _FIRST_SENTENCE.sub(lambda _: str(provenance), card.text, count=1)
+    elif isinstance(base, str) and is_local(base):
+        card.data["base_model"] = None
     for name, value in known.items():
-        if card.data.get(name) is None:
+        if card.data.get(name) is None and not (name == "base_model" and isinstance(value, str) and is_local(value)):
             card.data[name] = value
-    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in run_settings(args).items())
+    settings = {name: _public_value(value) for name, value in run_settings(args).items()}
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
     section = f"## Unlearning\n\nMade to forget with soul-trainer.\n\n| setting | value |\n|---|---|\n{rows}\n"
     after = before.text.partition(_SECTION_END)[2].strip() if before else ""
     card.text = f"{card.text.rstrip()}\n\n{section}\n{_SECTION_END}\n" + (f"\n{after}\n" if after else "")
     write_whole(path, str(card))
+
+
+def _public_value(value: object) -> object:
+    """A setting, but of a file only its name."""
+    is_path = isinstance(value, str) and os.sep in value and Path(value).exists()
+    return public_name(value) if is_path else value
+
+
+def _has_path(tag: str) -> bool:
+    return is_local(tag.rpartition(":")[2])

@@ -1,6 +1,7 @@
 """A run of a trainer: its model, what a former run has left, its folder and its model card. A search makes many."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
@@ -13,7 +14,7 @@ from .curvature import linear_layers, num_kronecker_numbers
 from .freezing import freeze_parameters
 from .objectives import parameters_of_layers
 from .precision import choose_precision
-from .records import complete_model_card, make_way, read_model_card, record_run
+from .records import Provenance, complete_model_card, make_way, read_model_card, record_run
 from .reference_rows import drop_from_rows
 
 
@@ -30,6 +31,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
 
     Attributes:
         retain_weight (`float`): Of the next step; callbacks may move it.
+        origin (`str`, *optional*): For the model card: hub id or folder of the model that training starts from.
+        data_names (`dict[str, str]`): For the model card: names of the rows, by `forget` and `retain`.
     """
 
     # Of these the trainer and its rows are made or, before a trial draws its settings, the model.
@@ -39,6 +42,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         *("bf16", "fp16", "float32_weights"),
     )
 
+    origin: str | None = None
+    data_names: Mapping[str, str] = MappingProxyType({})
     own_callbacks: Sequence[TrainerCallback] = ()
     open_settings: frozenset[str] = frozenset()
 
@@ -161,4 +166,7 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         if self.is_world_process_zero():
             before = read_model_card(self.args.output_dir)
             super().create_model_card(*args, **kwargs)
-            complete_model_card(self.args, before)
+            base = kwargs.get("finetuned_from") or self.origin or getattr(self.model.config, "_name_or_path", None)
+            halves = {"forget": self.train_dataset.forget, "retain": self.train_dataset.retain}
+            num_rows = {half: len(rows) for half, rows in halves.items() if rows is not None}
+            complete_model_card(self.args, before, Provenance(base or None, num_rows, self.data_names))

@@ -151,9 +151,7 @@ def test_commands_and_options_exist(name, capsys):
     """Catches a command that is gone, or one of its options."""
     lines = [line for line in commands() if f"-m soul_eval {name} " in line]
     assert lines, "the page does not show it"
-    with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
-    assert stopped.value.code == 0
+    assert main([name, "--help"]) == 0
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert not [
         option

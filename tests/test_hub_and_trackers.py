@@ -13,6 +13,7 @@ from transformers.integrations import integration_utils, rewrite_logs
 
 from soul_eval.report import add_to_model_card
 from soul_trainer import UnlearnTrainer
+from soul_trainer.records import is_local, public_name
 
 
 @pytest.fixture
@@ -100,6 +101,57 @@ def test_an_adapter_is_pushed_as_one(tmp_path, uploads):
     assert "machine-unlearning" in card.data.tags and card.text.count("## Unlearning") == 1
     loaded = PeftModel.from_pretrained(scene_model(), uploads[0])
     assert largest_difference(weights(trainer.model), weights(loaded)) == 0
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_a_card_names_what_a_model_was_made_of_and_no_path(tmp_path, is_adapter):
+    """
+    Would catch a card that says "trained from scratch on an unknown dataset", a folder of this machine as base model,
+    in peft's tags or among the settings, and rows that are named by their path.
+    """
+    target = tmp_path / "secret" / "the-target"
+    scene_model().save_pretrained(target)
+    (target / "README.md").write_text("---\nbase_model: someone/base\n---\n# Target\n", encoding="utf-8")
+    config = LoraConfig(r=2, target_modules=["q_proj"]) if is_adapter else None
+    model = AutoModelForCausalLM.from_pretrained(target)
+    trainer = scene_trainer(tmp_path / "out", model, trainer_arguments={"peft_config": config})
+    trainer.data_names = {"forget": public_name(str(target / "README.md"))}
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "secret" not in text and "unknown dataset" not in text and "from scratch" not in text
+    rows = {half: len(getattr(trainer.train_dataset, half)) for half in ("forget", "retain")}
+    assert (
+        "This model was made from the local model `the-target`, which comes from [someone/base]"
+        "(https://huggingface.co/someone/base), by machine unlearning: "
+        f"{rows['forget']} rows of `README.md` were to be forgotten, and {rows['retain']} rows to be kept."
+    ) in card.text
+    assert card.data.base_model == "someone/base"
+    assert card.data.library_name == ("peft" if is_adapter else "transformers")
+
+
+def test_a_local_model_of_no_known_origin_has_no_base_model(tmp_path):
+    """Would catch metadata that the hub refuses, and a name of a model that was never on the hub."""
+    scene_model().save_pretrained(tmp_path / "target")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    trainer = scene_trainer(tmp_path / "out", model, trainer_arguments={"peft_config": LoraConfig(r=2)})
+    trainer.origin = str(tmp_path / "target")
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model is None and "made from the local model `target` by machine unlearning" in card.text
+    assert not any("/" in tag for tag in card.data.tags)
+    assert [
+        is_local(name) for name in (str(tmp_path), "./gone", "/gone/for/good", "a/b/c", "gpt2", "owner/name-1.5")
+    ] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 class Recorder(TrainerCallback):
