@@ -294,6 +294,9 @@ def test_a_signed_record_does_not_lose_its_signature(copy):
     assert not complete_record(record, known, key)
     assert record.read_bytes() == whole
     assert complete_record(record, attacks, key) and not failed(record, copy / "key.pem.pub")
+    new_key(copy / "newer.pem")
+    assert complete_record(record, signing_key=load_signing_key(copy / "newer.pem")), "keys are replaced"
+    assert not failed(record, copy / "newer.pem.pub") and failed(record, copy / "key.pem.pub") == ["signature"]
     assert read_record(record).statement["predicate"]["attacks"] == attacks
 
 

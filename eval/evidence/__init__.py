@@ -10,7 +10,7 @@ A record of what an unlearning run did, for whoever asks later: an in-toto state
 | `callback.py` | the record of a run that a recipe makes |
 | `command.py` | the command lines |
 
-Imports no torch, except where the weights of a model are checked.
+Only `callback.py` imports torch, and what checks the weights of a model.
 """
 
 from .envelope import new_key

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import stat
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,7 @@ def load_signing_key(path: str | os.PathLike) -> "Ed25519PrivateKey":
         raise ValueError(
             f"`signing_key`={str(path)!r} is no Ed25519 key: make one by `openssl genpkey -algorithm ed25519`."
         )
-    if os.name == "posix" and Path(path).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        logger.warning(f"Others may read the private key {path}: `chmod 600 {path}`.")
+    _warn_of_readers(str(path))
     return key
 
 
@@ -149,6 +149,12 @@ def key_id(key: "Ed25519PublicKey") -> str:
     return hashlib.sha256(
         key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     ).hexdigest()
+
+
+@lru_cache
+def _warn_of_readers(path: str) -> None:
+    if os.name == "posix" and os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning(f"Others may read the private key {path}: `chmod 600 {path}`.")
 
 
 def _library() -> tuple:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..rows import make_header, write_whole
 from ..statistics import CONFIDENCE, Figure
-from .envelope import open_envelope, sign
+from .envelope import is_signed_by, open_envelope, sign
 from .hashing import (
     MODEL_FILES,
     ROW_HASH,
@@ -184,7 +184,8 @@ def complete_record(
     Args:
         path (`str` or `os.PathLike`): The record.
         attacks (`Mapping`, *optional*): As in [`Evidence`], in the place of those that it had.
-        signing_key (`Ed25519PrivateKey`, *optional*): Needed for a record that is signed and gets other attacks.
+        signing_key (`Ed25519PrivateKey`, *optional*):
+            Signs the record, in the place of the key that has signed it. Needed for a signed record that gets attacks.
 
     Returns:
         `bool`: Whether the record is another one now. It stays as it is if it says all this already.
@@ -198,9 +199,10 @@ def complete_record(
         predicate = {**statement["predicate"], "attacks": _finite(attacks)}
         statement = {**statement, "predicate": predicate}
     is_same = statement == record.statement
-    if is_same and (signing_key is None or record.envelope is not None):
+    is_signed = record.envelope is not None
+    if is_same and (signing_key is None or (is_signed and is_signed_by(record.envelope, signing_key.public_key()))):
         return False
-    if record.envelope is not None and signing_key is None:
+    if is_signed and signing_key is None:
         raise ValueError(f"{path} is signed, and what is added must be too: give the key (--signing_key).")
     _write(path, statement, signing_key, record.payload if is_same else None)
     return True
@@ -255,17 +257,27 @@ def _before(evidence: Evidence) -> tuple[dict, dict | None]:
     folder, is_folder = folder_of(target, evidence.target_revision), Path(target).is_dir()
     files = {} if folder is None else _model_files(folder)
     path = record_file_of(target)
-    if is_folder and path.exists():
-        record = read_record(path)
-        if record.files() == files:
-            parent = {"name": path.name, "digest": {"sha256": record.digest}}
-            weights = weights or record.weights()
-        else:
-            logger.warning(f"{path} is of other files than those in {target}: it is not named as the parent record.")
+    record = _record_of(path, files) if is_folder and path.exists() else None
+    if record is not None:
+        parent = {"name": path.name, "digest": {"sha256": record.digest}}
+        weights = weights or record.weights()
     before = {"name": Path(target).name if is_folder else target, "digest": {WEIGHTS: weights} if weights else {}}
     if folder is not None and not is_folder:
         before["revision"] = folder.name
     return {**before, "files": files}, parent
+
+
+def _record_of(path: Path, files: dict[str, str]) -> Record | None:
+    """The record of these files. What else lies there is no reason to end a run without its own record."""
+    try:
+        record = read_record(path)
+        if record.files() == files:
+            return record
+        reason = "it is of other files than the model's"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it cannot be read ({type(error).__name__}: {error})"
+    logger.warning(f"{path} is not named as the parent record: {reason}.")
+    return None
 
 
 def _model_files(folder: Path) -> dict[str, str]:
