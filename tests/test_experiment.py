@@ -57,13 +57,13 @@ def test_the_command_line_is_over_the_file_over_the_defaults(tmp_path):
 def test_the_file_is_found_by_model_optimizer_and_loss(tmp_path):
     """Would catch a published run with the small model's settings, SOUL with AdamW's, and a loss without its file."""
     for folder, base in ((tmp_path / "tofu", 10), (tmp_path / "tofu" / "small", 20)):
-        for place, name in enumerate(("soul", "adamw", "soul_npo", "adamw_npo")):
+        for place, name in enumerate(("soul", "adamw", "soul_npo", "adamw_npo", "sophia")):
             write(folder / f"{name}.yaml", f"retain_weight: {base + place}")
 
     def weight(optimizer, *flags):
         return parsed(tmp_path, *flags).settings(optimizer).retain_weight
 
-    assert [weight("soul", "--forget_loss", "ga"), weight("soul"), weight("sophia")] == [20, 22, 22]
+    assert [weight("soul", "--forget_loss", "ga"), weight("soul"), weight("sophia")] == [20, 22, 24]
     assert [weight("adamw_torch", "--forget_loss", "ga"), weight("adamw_torch"), weight("adafactor")] == [21, 23, 23]
     assert [weight("soul", "--model", "a/b"), weight("adamw_torch", "--model", "a/b", "--forget_loss", "ga")] == [
         12,
