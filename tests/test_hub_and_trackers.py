@@ -118,6 +118,7 @@ def test_a_card_names_what_a_model_was_made_of_and_no_path(tmp_path, is_adapter)
     trainer.data_names = {"forget": public_name(str(target / "README.md"))}
     trainer.train()
     trainer.save_model()
+    trainer.args.curvature = str(target / "model.safetensors")
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "out" / "README.md")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -128,7 +129,7 @@ def test_a_card_names_what_a_model_was_made_of_and_no_path(tmp_path, is_adapter)
         "(https://huggingface.co/someone/base), by machine unlearning: "
         f"{rows['forget']} rows of `README.md` were to be forgotten, and {rows['retain']} rows to be kept."
     ) in card.text
-    assert card.data.base_model == "someone/base"
+    assert card.data.base_model == "someone/base" and "| `curvature` | `model.safetensors` |" in text
     assert card.data.library_name == ("peft" if is_adapter else "transformers")
 
 
