@@ -5,6 +5,7 @@ python -m soul_eval attack --model DIR --target DIR --output DIR                
 python -m soul_eval summarise ROWS.jsonl [--reference ROWS.jsonl] [--json]      figures of rows, without a model
 python -m soul_eval compare ROWS.jsonl ROWS.jsonl                               two models, by a paired test
 python -m soul_eval report NAME=ROWS.jsonl ... --output DIR                     a page with tables, figures and answers
+python -m soul_eval chat --run DIR                                              models before and after, side by side
 python -m soul_eval reapply --model DIR --difference FILE --forget ROWS --output DIR    a later version forgets again
 python -m soul_eval verify RUN.record.json [--model DIR] [--public_key FILE]    what a run has put on record
 python -m soul_eval record RUN.record.json [--attacks FILE] [--signing_key FILE]        completes or signs it
@@ -29,6 +30,7 @@ COMMANDS = {
     "summarise": ("soul_eval.commands", "summarise"),
     "compare": ("soul_eval.commands", "compare"),
     "report": ("soul_eval.commands", "report"),
+    "chat": ("soul_eval.chat", "run"),
     "reapply": ("soul_eval.reapply", "main"),
     "verify": ("soul_eval.evidence.command", "main"),
     "record": ("soul_eval.evidence.command", "complete"),

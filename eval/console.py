@@ -95,6 +95,8 @@ def run(command: str, function: Callable[[list[str]], object], arguments: Sequen
         `int`: The exit status: the function's own if it returns one, else 0; 1 after an error, 130 after Ctrl-C.
     """
     arguments, shows_traceback = _without_debug(arguments)
+    # Or else the first library that sets up logging, in the midst of a run, decides how warnings look from there on.
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_demote_missing_kernel)
     former, sys.argv = sys.argv, [command, *arguments]
     try:
@@ -105,7 +107,7 @@ def run(command: str, function: Callable[[list[str]], object], arguments: Sequen
     except KeyboardInterrupt:
         if shows_traceback:
             traceback.print_exc()
-        print(f"{command}: interrupted", file=sys.stderr)
+        print(f"\n{command}: interrupted", file=sys.stderr)  # below a progress bar, or the terminal's ^C
         return INTERRUPTED
     except EXPECTED as error:
         if shows_traceback:
@@ -170,6 +172,7 @@ def _demote_missing_kernel(record: logging.LogRecord) -> bool:
     peft imports bitsandbytes wherever it is installed, and that warns at its import that a faster kernel for 4-bit
     weights on a CPU is missing. Without such weights, that is no warning.
     """
-    if str(record.msg).startswith("Failed to load CPU gemm_4bit_forward"):
-        record.levelno, record.levelname = logging.INFO, "INFO"
-    return True
+    if not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward"):
+        return True
+    record.levelno, record.levelname = logging.INFO, "INFO"
+    return logging.getLogger(record.name).isEnabledFor(logging.INFO)

@@ -194,7 +194,7 @@ def _engine(args: EvalArguments) -> Engine | None:
         return None
     if args.device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device {args.device}: several processes choose their own devices; use cpu or cuda.")
-    return Engine(PartialState(cpu=args.device == "cpu"))
+    return Engine(PartialState(cpu=(args.device or default_device()) == "cpu"))
 
 
 def _header(

@@ -10,6 +10,7 @@ As in Jia et al. (2024, SOUL): the model goes on after prompts of 100 and 300 to
 small target learns both texts from scratch, and a gold standard the one that is kept; prompts are shorter then.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from soul_eval.console import run_script
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import copyright as suite
@@ -142,4 +144,4 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -1,7 +1,7 @@
 """
 Trains a model on rows: the target that must forget them, or the gold standard that never saw them.
 
-    python recipes/finetune.py --dataset locuslab/TOFU --configs full --model HUB_ID --model_dir target \
+    python recipes/finetune.py --dataset locuslab/TOFU --configs full --model HUB_ID --model_dir target \\
         --config recipes/configs/finetune/tofu.yaml
     python recipes/finetune.py --dataset book.txt other.txt --model HUB_ID --model_dir target --lora_rank 8
     python recipes/finetune.py --dataset all.jsonl --exclude forget.jsonl --model HUB_ID --model_dir gold

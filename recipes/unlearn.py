@@ -11,6 +11,7 @@ folder or a dataset of the hub. SOUL is the optimizer, unless `--optim` names an
 and so of `TrainingArguments`, works; settings come from `recipes/configs/unlearn` or `--config FILE`.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
+from soul_eval.console import run_script
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.levels import OTHER_ANSWERS
 from soul_eval.report import Run
@@ -143,4 +145,4 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .machine import fit_to_machine
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
 from .settings import ObjectiveArguments, StepArguments, check_at_least, check_choice, setting
 from .precision import needs_use_cpu
@@ -166,6 +167,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             raise ValueError("A scheduler in DeepSpeed's configuration needs a `learning_rate` of your own: set it.")
         self.check()
         self.remove_unused_columns = False
+        fit_to_machine(self)
 
     def check(self) -> None:
         """Raises a `ValueError` that names the first setting of unlearning that is out of its range."""

@@ -194,7 +194,7 @@ def _raise(error: type[BaseException]):
 def test_an_interrupt_ends_with_its_own_status(capsys):
     """Would catch a traceback after Ctrl-C, and a script that takes it for success."""
     assert run("soul toy", lambda arguments: _raise(KeyboardInterrupt), []) == 130
-    assert capsys.readouterr().err == "soul toy: interrupted\n"
+    assert capsys.readouterr().err == "\nsoul toy: interrupted\n"
 
 
 def test_a_status_is_the_functions_own_and_the_arguments_are_the_process_s(monkeypatch):

@@ -9,6 +9,8 @@ import json
 import os
 from pathlib import Path
 
+from soul_trainer.command_line import CommandParser
+
 from ..rows import write_whole
 from ..statistics import Figure
 from ..suites.tofu import SPLITS, SUITE, TofuArguments, load_splits, unscored_rows
@@ -37,11 +39,7 @@ USED = "_used"
 
 def main(arguments: list[str]) -> None:
     """Parses the command line, attacks, and prints the table."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        (AttackArguments, RelearningArguments, TofuArguments), prog="python -m soul_eval attack", description=__doc__
-    )
+    parser = CommandParser((AttackArguments, RelearningArguments, TofuArguments), __doc__)
     print(recovery_table(run(*parser.parse_args_into_dataclasses(arguments))))
 
 
@@ -65,7 +63,23 @@ def run(args: AttackArguments, relearning: RelearningArguments, own: TofuArgumen
         raise ValueError("`attack` runs in one process: start it without `accelerate launch`.")
     if args.reference and Path(args.reference).is_file():
         raise ValueError(f"--reference {args.reference} is a file: the gold model itself is needed, to attack it too.")
-    attacker = Attacker(_questions(args, own), args, relearning)
+    return attack_models(Attacker(_questions(args, own), args, relearning))
+
+
+def attack_models(attacker: Attacker) -> Found:
+    """
+    Attacks the models that an attacker names, and writes rows and `attacks.json`.
+
+    Args:
+        attacker ([`~running.Attacker`]): Its arguments name the models, the attacks and the output folder.
+
+    Returns:
+        `dict[str, dict[str, dict[str, Recovery]]]`: As [`run`].
+
+    Raises:
+        ValueError: If the output folder holds other results.
+    """
+    args = attacker.args
     prompted = [name for name in args.names if name in PROMPT_ATTACKS]
     # The target's own answers to an altered question are the most that the attack could bring back.
     plans = {UNLEARNED: [PLAIN, *args.names], TARGET: [PLAIN, *prompted], GOLD: args.names}
@@ -75,7 +89,7 @@ def run(args: AttackArguments, relearning: RelearningArguments, own: TofuArgumen
         if name:
             place = "" if role == UNLEARNED else role
             rows[role] = attacker.ask(
-                name, plans[role], lambda attack, place=place: Path(args.output) / attack / place
+                name, plans[role], lambda attack, place=place: Path(args.output) / attack / place, role
             )
     found = {}
     for attack in args.names:
