@@ -97,7 +97,7 @@ def until_callback(
     others = {column: other_answers(forget, column) for column in OTHER_ANSWERS}
     column = next((column for column in OTHER_ANSWERS if others[column]), None)
     if until != FORGOTTEN:
-        level, source = float(until), "as `until` says"
+        level, source = float(until), "that of `until`"
     elif gold is not None:
         level, source = gold_probability(gold, trainer, rows), "the gold model's probability of the same rows"
     elif never_learnt is not None:
@@ -108,10 +108,10 @@ def until_callback(
         source = f"the target's probability of {OTHER_ANSWERS[column]} to the same questions"
     else:
         level = FORGOTTEN_PROBABILITY
-        source = "the default, because there is no gold model, `never_learnt` or paraphrased answer to compare with"
+        source = "the default, as there is no gold model, `never_learnt` or paraphrased answer to compare with"
     if trainer.is_world_process_zero():
-        number = "" if level is None else f"{level:.3g}, "
-        logger.warning(f"Rows count as forgotten at a probability of {number}{source}.")
+        number = "" if level is None else f"{level:.3g}: "
+        logger.warning(f"The level at which rows count as forgotten is {number}{source}.")
     if kept is not None:
         kept = tokenized(kept, name="kept")
     elif trainer.train_dataset.retain is not None and len(trainer.train_dataset.retain):
