@@ -8,8 +8,8 @@ from transformers.trainer_utils import HubStrategy
 
 from .machine import fit_to_machine
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
-from .settings import ObjectiveArguments, StepArguments, check_at_least, check_choice, setting
 from .precision import needs_use_cpu
+from .settings import ObjectiveArguments, StepArguments, check_at_least, check_choice, setting
 from .soul_settings import RULE_DEFAULTS, SOUL_NAMES, SoulArguments, parse_optim_args
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
@@ -22,8 +22,9 @@ PUBLISHED_LEARNING_RATE = 1e-5
 # directions in which a step goes furthest, so that steps are longer with it.
 STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
 TRUST_REGION_STEP = 3e-4
-# A whole step of the retain direction learns the retain rows by heart, at the cost of what is held out: docs/study.md.
-RETAIN_STEP = 0.7
+# With Kronecker curvature, a whole step of the retain direction costs more of what is held out than it keeps. With the
+# others, less than a whole step keeps less: docs/study.md.
+RETAIN_STEP = {"none": 1.0, "diagonal": 1.0, "kronecker": 0.7, "sophia": 1.0}
 # Kronecker curvature keeps about five numbers a weight of a linear layer, and far more of an adapter's. Beyond these,
 # 0.4 GB, finding the bases takes minutes on a CPU, and a step of few rows spends more on them than on the model.
 KRONECKER_NUMBERS = 100_000_000
@@ -52,8 +53,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     )
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
-
-    bf16: bool | None = setting(
+    # No `bool | None`, of which transformers' parser would not take a bare `--bf16`.
+    bf16: bool = setting(
         None,
         "Whether to train under bfloat16 autocast. By default yes for a model in 16 bits on a device that multiplies "
         "in bfloat16 (a GPU, or a CPU with AMX), else no. A true in a settings file holds on such devices alone.",
@@ -64,13 +65,14 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         "model is saved in 16 bits. By default yes, but under DeepSpeed, which keeps float32 weights of its own, and "
         "for models that are quantized, or sharded while they are loaded.",
     )
+
     forget_loss: str = setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
     retain_loss: str = setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
     forget_weight: float = setting(1.0, "Weight of the forget loss, >= 0.")
     retain_weight: float | None = setting(
         None,
         "Weight of the retain loss or, in two directions, of its step, >= 0 (gamma in SOUL's code). By default "
-        f"{RETAIN_STEP} in two directions, else 1.",
+        f"{RETAIN_STEP['kronecker']} in two directions with Kronecker curvature, else 1.",
     )
     retain_weight_schedule: str = setting(
         "constant", f"How the retain weight grows to its value: {', '.join(RETAIN_WEIGHT_SCHEDULES)}."
@@ -137,8 +139,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     def fill_retain_weight(self) -> None:
         """Sets `retain_weight`, if it is open."""
         if self.retain_weight is None:
-            is_soul = self.optim in SOUL_NAMES
-            self.retain_weight = RETAIN_STEP if is_soul and self.resolved().two_directions else 1.0
+            settings = self.resolved()
+            has_directions = self.optim in SOUL_NAMES and settings.two_directions
+            self.retain_weight = RETAIN_STEP[settings.rule] if has_directions else 1.0
 
     def fill_learning_rate(self, width: int | None) -> None:
         """Sets `learning_rate`, if it is open, for a model of a width, which may be unknown where it is not needed."""
@@ -160,8 +163,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         if self.optim in SOUL_NAMES:
             for name, value in parse_optim_args(self.optim_args).items():
                 setattr(self, name, value)
-        super().__post_init__()
         self.use_cpu = self.use_cpu or needs_use_cpu(self.bf16, self.use_cpu)
+        super().__post_init__()
         deepspeed = getattr(getattr(self, "hf_deepspeed_config", None), "config", {})
         if self.learning_rate is None and "scheduler" in deepspeed:
             raise ValueError("A scheduler in DeepSpeed's configuration needs a `learning_rate` of your own: set it.")
