@@ -30,7 +30,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
     callbacks of its own.
 
     Attributes:
-        retain_weight (`float`): Of the next step; callbacks may move it.
+        forget_weight (`float`): Of the next step; callbacks may move it.
+        retain_weight (`float`): Likewise.
         origin (`str`, *optional*): For the model card: hub id or folder of the model that training starts from.
         data_names (`dict[str, str]`): For the model card: names of the rows, by `forget` and `retain`.
     """
@@ -65,7 +66,7 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
             engines.check_trainer(self, self.engine)
             drop_from_rows(self.train_dataset)
             self.renew_callbacks()
-        self.retain_weight = self.args.retain_weight
+        self.forget_weight, self.retain_weight = self.args.forget_weight, self.args.retain_weight
         self.clear_losses()
         # Before a checkpoint is loaded: the reference is the model that training began with.
         if not self.engine.shards:

@@ -131,7 +131,7 @@ class StepMixin(Trainer):
     def _fold_forget_gradient(self, parts: list[ForgetRetainBatch], counts: Tensor) -> None:
         soul = find_soul(self.optimizer)
         for group in soul.param_groups:
-            group["forget_weight"], group["retain_weight"] = self.args.forget_weight, self.current_retain_weight()
+            group["forget_weight"], group["retain_weight"] = self.forget_weight, self.current_retain_weight()
         for attempt in range(MOST_OVERFLOWS):
             # What overflowed is logged once.
             with nullcontext() if attempt == 0 else self._losses_not_logged():

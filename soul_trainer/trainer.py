@@ -172,7 +172,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         halves, outputs = forward_halves(model, inputs, self.objectives, self.args, self.reference)
         # Directions are weighted where they are added, whatever the size of a gradient.
-        weights = (1.0, 1.0) if self.has_two_directions else (self.args.forget_weight, self.current_retain_weight())
+        weights = (1.0, 1.0) if self.has_two_directions else (self.forget_weight, self.current_retain_weight())
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
         bad_rows = []
         for name, objective, weight, half, counts in (

@@ -60,6 +60,21 @@ def test_a_run_that_costs_too_much_keeps_the_best_weights_within_the_limit(tmp_p
     assert largest_difference(weights(early.model), weights(trainer.model)) == 0
 
 
+def test_nothing_more_is_forgotten_while_what_is_lost_is_won_back(tmp_path):
+    """Would catch steps that go on forgetting beyond the level, and cost what the retain loss could win back."""
+    settings = {"learning_rate": 0.02, "retain_weight": 1.0, "optim": "adamw_torch", "num_train_epochs": 12}
+    free, _ = trained(tmp_path / "free", 1e-9, **settings)
+    level = logged(free, "until/forget_probability")[4]
+    # The limit keeps the run going: the kept rows, which an untrained model hardly knows, must become more probable.
+    held, until = trained(tmp_path / "held", level, max_utility_loss=0.0, **settings)
+    forgotten, kept = (logged(held, f"until/{name}_probability") for name in ("forget", "kept"))
+    assert min(forgotten) > min(logged(free, "until/forget_probability"))
+    assert held.forget_weight == (0.0 if forgotten[-1] <= level else 1.0)
+    assert kept[-1] >= kept[0] and until.is_within_limit
+    alone, until = trained(tmp_path / "alone", level, max_utility_loss=0.0, **settings, retain_loss="none")
+    assert alone.state.global_step < free.state.max_steps and until.best.step == 0
+
+
 def test_a_limit_that_nothing_meets_leaves_the_model_as_it_was(tmp_path):
     """Would catch a damaged model in the place of the untouched one, and a limit that is not one."""
     trainer, until = trained(tmp_path, 1e-9, max_utility_loss=0.0, learning_rate=0.05)

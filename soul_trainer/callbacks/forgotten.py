@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..batch import IGNORE_INDEX
+from ..config import CURVATURE
 from ..engines import KeptWithCheckpoint, rows_per_forward
 from ..log_probs import token_log_probs
 from ..random_state import forked_rng
@@ -44,8 +45,9 @@ class ForgettingPoint:
 class UntilForgottenCallback(KeptWithCheckpoint, ExportableState):
     """
     Stops training at the first look at which the rows to forget are as improbable as `level` and the rows to keep
-    have lost at most `max_utility_loss`. If the run ends without such a look, the callback puts the weights of the
-    best look back: of those within the limit, the one that has forgotten most.
+    have lost at most `max_utility_loss`. While the rows to forget are at the level and the others have lost more, only
+    the retain loss trains, which wins some of it back. If the run ends without such a look, the callback puts the
+    weights of the best look back: of those within the limit, the one that has forgotten most.
 
     A probability here is the mean over rows of the geometric mean of the answer tokens' probabilities, which is the
     `answer_probability` of the evaluation. The looks are logged as `until/forget_probability` and
@@ -123,6 +125,7 @@ class UntilForgottenCallback(KeptWithCheckpoint, ExportableState):
                 self._say(f"The level is a probability of {self.level:.3g}.")
             self.start = self.best = self.last = self._look(state.global_step)
             self._keep_weights()
+        self._hold(control)
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -135,6 +138,7 @@ class UntilForgottenCallback(KeptWithCheckpoint, ExportableState):
             self.best = self.last
             if not is_done:
                 self._keep_weights()
+        self._hold(control)
         if is_done:
             self._weights = None
             control.should_training_stop = True
@@ -173,6 +177,15 @@ class UntilForgottenCallback(KeptWithCheckpoint, ExportableState):
         if path.exists():
             weights = load_file(path)
             self._weights = [weights[str(place)] for place in range(len(weights))]
+
+    def _hold(self, control: TrainerControl) -> None:
+        """Forgets no more than there is to forget."""
+        args, is_reached = self.trainer.args, self.last.forget_probability <= self.level
+        if args.retain_loss in ("none", CURVATURE):
+            # Nothing would win back what is lost.
+            control.should_training_stop |= is_reached
+        else:
+            self.trainer.forget_weight = 0.0 if is_reached else args.forget_weight
 
     def _look(self, step: int) -> ForgettingPoint:
         forget = self._probability(self.forget)
