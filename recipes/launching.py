@@ -1,6 +1,5 @@
 """Several processes for one command, by accelerate's launcher. Imports nothing heavy before it starts them."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +83,7 @@ def start_processes(launch: Launch, arguments: list[str]) -> int:
 
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -94,11 +94,11 @@ def start_processes(launch: Launch, arguments: list[str]) -> int:
         # On a CPU too, where `accelerate launch --cpu` starts one process; and on any port that is free.
         flags += ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
         flags += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    if not torch.accelerator.is_available():
-        # Or else the Trainer looks for a GPU in each process, and none knows of the others.
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    # Where there is no GPU, the Trainer looks for one unless it is told, and no process knows of the others.
+    variables = {} if torch.accelerator.is_available() else {"ACCELERATE_USE_CPU": "true"}
     try:
-        launch_command(launch_command_parser().parse_args([*flags, "--module", "soul_recipes", *arguments]))
+        with patch_environment(**variables):
+            launch_command(launch_command_parser().parse_args([*flags, "--module", "soul_recipes", *arguments]))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except CalledProcessError as error:

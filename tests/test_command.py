@@ -231,3 +231,4 @@ def test_processes_are_started_and_their_failure_is_told(capfd, monkeypatch):
     assert capfd.readouterr().out.count(f"soul-trainer {version('soul-trainer')}") == 2
     assert start_processes(Launch(2), ["unlern"]) == 2
     assert "did you mean unlearn?" in capfd.readouterr().err
+    assert "ACCELERATE_USE_CPU" not in os.environ, "left to what this process does next"
