@@ -12,8 +12,9 @@ Bytes a parameter under `--bf16`, on P processes; besides these, activations (`m
 | zero2 | 2 | 2/P | 4/P | 8/P | 1e9 bytes | | 12/P |
 | zero3 | 2/P | 2/P | 4/P | 8/P | 1e9 bytes | gathered weights | 12/P, at most 12e9 bytes |
 
-- single, ddp: weights, gradients and states in float32, products in bfloat16 by autocast. Weights that were loaded in
-  bfloat16 stay so: 2 and 2 bytes, but updates below their spacing are rounded away.
+- single, ddp: weights, gradients and states in float32, products in bfloat16 by autocast. That goes for weights that
+  were loaded in bfloat16, too. With `float32_weights=False` they stay so: 2 and 2 bytes, but updates below their
+  spacing are rounded away.
 - fsdp2: float32 shards, gathered, computed and reduced in bfloat16. accelerate makes units of each layer, of the
   embeddings and of norm and head, which stay gathered from the forward to their backward.
 - zero: bfloat16 weights and gradients, float32 masters and states; buffers, gathered weights and the part that a step
