@@ -26,11 +26,13 @@ from .callback import EvalCallback
 from .evaluation import ask
 from .evidence.callback import add_attacks, write_run_record
 from .evidence.record import remove_record
+from .general import kept_general_ability
 from .models import ModelArguments, weight_files, weights_digest
 from .rows import make_header, read_rows, write_rows
 from .running import questions_digest
 from .statistics import Figure
 from .suites import SUITES
+from .verdict import Verdict, verdicts
 
 
 if TYPE_CHECKING:
@@ -60,6 +62,9 @@ class Comparison:
             Its precision and its prompt template are those of every evaluation; its `overwrite` replaces results.
         loading ([`ModelArguments`], *optional*): How target and gold model are loaded.
         signing_key (`Ed25519PrivateKey`, *optional*): Signs the records of the runs; see [`~evidence.write_record`].
+        general (`dict`, *optional*):
+            What lm-eval asks all models for the report: `tasks`, `limit` and `include_path`, as
+            [`~general.general_ability`] takes them.
     """
 
     def __init__(
@@ -74,9 +79,11 @@ class Comparison:
         config: UnlearnConfig,
         loading: ModelArguments | None = None,
         signing_key: "Ed25519PrivateKey | None" = None,
+        general: dict | None = None,
     ):
         self.folder, self.target, self.gold, self.config = folder, target, gold, config
         self.loading, self.signing_key = loading or ModelArguments(), signing_key
+        self.general = general or {}
         self.suite, self.rows, self.asked = SUITES[suite], rows, asked
         self.settings = {"suite": suite, "questions": questions_digest(rows), **asked, **settings}
         self._weights: dict[str, str | None] = {}
@@ -85,6 +92,7 @@ class Comparison:
         }
         self.references = self.references_on(rows)
         self.runs: list[report.Run] = []
+        self._folders: dict[str, Path] = {}
 
     @property
     def gold_rows(self) -> list[dict] | None:
@@ -146,6 +154,7 @@ class Comparison:
                 "another --output_dir."
             )
         self.runs.append(self._read(config, name))
+        self._folders[name] = folder
         if PartialState().is_main_process:
             self._complete_card(self.runs[-1], folder)
         return self.runs[-1]
@@ -179,16 +188,36 @@ class Comparison:
         run.attacks = found
         add_attacks(folder, found, self.signing_key)
 
-    def write_report(self, title: str, notes: str | Sequence[str] = ()) -> None:
-        """Writes the report into the folder and prints its table; see [`~report.write_report`]."""
+    def write_report(self, title: str, notes: str | Sequence[str] = ()) -> list[Verdict]:
+        """
+        Writes the report into the folder and prints its table; see [`~report.write_report`].
+
+        Returns:
+            `list[Verdict]`: On the unlearned models; on other processes than the main one, none.
+        """
+        if self.general.get("tasks"):
+            self._ask_general()
         if not PartialState().is_main_process:
-            return
+            return []
+        for run in self.runs:  # their verdicts know of attacks now
+            self._complete_card(run, self._folders[run.name])
         gold = [self.references["gold"]] if "gold" in self.references else []
         everyone = [self.references["target"], *self.runs, *gold]
         report.write_report(self.folder, title, everyone, notes)
         print(
             f"\n{report.table(everyone)}\n\n{self.folder / 'report.html'} explains the figures and shows the curves."
         )
+        return verdicts(everyone)
+
+    def _ask_general(self) -> None:
+        """Adds the general ability of all models to their figures."""
+        names = {"target": self.target, "gold": self.gold}
+        models = [(run, names[role], self.folder / role) for role, run in self.references.items()]
+        models += [(run, str(self._folders[run.name]), self._folders[run.name]) for run in self.runs]
+        for run, name, place in models:
+            path = place.with_name(f"{place.name}.general.json")
+            figures = kept_general_ability(path, name, self.loading, overwrite=self.config.overwrite, **self.general)
+            run.summary.update(figures)
 
     def _complete_card(self, run: report.Run, folder: Path) -> None:
         references = self.references_on(run.rows)

@@ -83,9 +83,11 @@ def run_requests(experiment: Experiment, task: UnlearningTask, requests: list[Re
         `list[Stage]`: One for each optimizer and request.
 
     Raises:
-        ValueError: If there is no request, or two have the same name or ask the same row.
+        ValueError: If there is no request, two have the same name or ask the same row, or there is a `limit`.
     """
     check_requests(requests, task.rows)
+    if experiment.arguments[0].limit is not None:
+        raise ValueError("`limit` asks the first rows of a split, and requests are parts of it: leave it out.")
     data = {f"{request.name} to forget": request.forget for request in requests}
     data |= {f"{request.name} to keep": request.retain for request in requests if request.retain is not None}
     whole = replace(

@@ -27,11 +27,13 @@ from .attacks.after import ATTACKS, check_attacks
 from .comparison import Comparison
 from .evidence.callback import RecordCallback
 from .evidence.envelope import load_signing_key
+from .general import check_tasks
 from .levels import EPOCHS, check_until, lengthen, until_callback
 from .models import ModelArguments
 from .report import Run
 from .settings_files import DEFAULTS_FILE, SettingsParser, settings_file
 from .suites.own import load
+from .verdict import Verdict
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +74,14 @@ class ExperimentArguments(LoraArguments, ModelArguments):
     )
     model: str | None = field(default=None, metadata={"help": "The model that must forget: hub id or folder."})
     gold: str | None = field(default=None, metadata={"help": "The model that never learnt it: hub id or folder."})
+    limit: int | None = field(default=None, metadata={"help": "Ask the first rows of each split only."})
+    general: str = field(
+        default="",
+        metadata={
+            "help": "lm-eval tasks or sets that all models are asked at the end, by commas: soul, wikitext, mmlu, ..."
+        },
+    )
+    include_path: str | None = field(default=None, metadata={"help": "Folder of lm-eval tasks of your own."})
     evaluations: int = field(default=4, metadata={"help": "Evaluations after the start of a run, for the curves."})
     until: str = field(
         default=EPOCHS,
@@ -96,7 +106,9 @@ class ExperimentArguments(LoraArguments, ModelArguments):
     )
     attacks: str = field(
         default="",
-        metadata={"help": f"Attacks on each unlearned model, by commas: {', '.join(ATTACKS)}. They end up in the report."},
+        metadata={
+            "help": f"Attacks on each unlearned model, by commas: {', '.join(ATTACKS)}. They end up in the report."
+        },
     )
     signing_key: str | None = field(
         default=None,
@@ -114,6 +126,8 @@ class ExperimentArguments(LoraArguments, ModelArguments):
                 raise ValueError(
                     f"`{name}` (--{name}) needs `model` (--model): without it, models and a tokenizer are made here."
                 )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, but it is {self.limit}.")
         if self.evaluations < 1:
             raise ValueError(f"`evaluations` must be at least 1, but it is {self.evaluations}.")
         check_until(self.until)
@@ -131,7 +145,12 @@ class ExperimentArguments(LoraArguments, ModelArguments):
     @property
     def attack_names(self) -> list[str]:
         """The attacks, one by one."""
-        return [name.strip() for name in self.attacks.split(",") if name.strip()]
+        return _names(self.attacks)
+
+    @property
+    def general_tasks(self) -> list[str]:
+        """The tasks of lm-eval, one by one."""
+        return _names(self.general)
 
     def training_settings(self) -> dict:
         """What a run depends on besides its [`UnlearnConfig`], if it differs from the default."""
@@ -139,6 +158,10 @@ class ExperimentArguments(LoraArguments, ModelArguments):
         if self.until != EPOCHS:
             stop = {name: getattr(self, name) for name in ("until", "max_utility_loss", "never_learnt")}
         return stop | self.lora_settings() | self.loading_settings()
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclass
@@ -161,6 +184,8 @@ class UnlearningTask:
         notes (`Sequence[str]`, *optional*): Paragraphs under the title of the report.
         originals (`Mapping[str, Iterable[Mapping]]`, *optional*):
             `forget` and `retain` as their owner has them, for the record, where training takes them in another form.
+        names (`Mapping[str, str]`, *optional*):
+            What model cards call `forget` and `retain`; see [`~soul_trainer.records.public_name`].
     """
 
     suite: str
@@ -175,6 +200,7 @@ class UnlearningTask:
     settings: dict = field(default_factory=dict)
     notes: Sequence[str] = ()
     originals: Mapping[str, Iterable[Mapping]] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Experiment:
@@ -200,6 +226,7 @@ class Experiment:
         config ([`UnlearnConfig`]): That of the first run, but with the `output_dir` of all.
         folder (`Path`): Where rows, runs and the report go: `output_dir`.
         optimizers (`dict[str, str]`): Optimizers that run, and their names in the report.
+        verdicts (`list[Verdict]`): On the models of the last [`Experiment.run`], on the main process.
 
     Raises:
         ValueError: If a file or a value is unusable; see [`~settings_files.SettingsParser.read`].
@@ -231,6 +258,7 @@ class Experiment:
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)
         self.folder = Path(self.config.output_dir)
+        self.verdicts: list[Verdict] = []
         self._prepared_rows: dict[tuple, Dataset] = {}
         # accelerate's state is made by the first who asks, and must know of --use_cpu.
         _ = self.config.device
@@ -265,7 +293,7 @@ class Experiment:
             comparison.unlearn(name, config, make_trainer, self.arguments[0].evaluations)
             if names := self.arguments[0].attack_names:
                 comparison.attack(config, names)
-        comparison.write_report(task.title, task.notes)
+        self.verdicts = comparison.write_report(task.title, task.notes)
         return comparison.runs
 
     def lengthen(self, config: UnlearnConfig, forget: Dataset) -> None:
@@ -275,16 +303,21 @@ class Experiment:
 
     def compare(self, task: UnlearningTask) -> Comparison:
         """A [`Comparison`] of the task, in which target and gold have been asked."""
+        args = self.arguments[0]
+        if args.general_tasks:
+            check_tasks(args.general_tasks, args.include_path)
+        rows = [row for row in task.rows if args.limit is None or row["index"] < args.limit]
         settings = {
             "data": fingerprint({"forget": task.forget, "retain": task.retain}),
             "prompt_template": self.config.prompt_template,
-            **self.arguments[0].training_settings(),
+            **args.training_settings(),
             **task.settings,
         }
         return Comparison(
-            *(self.folder, task.target, task.gold, task.suite, task.rows, task.asked, settings, self.config),
-            loading=self.arguments[0],
-            signing_key=self.arguments[0].signing_key and load_signing_key(self.arguments[0].signing_key),
+            *(self.folder, task.target, task.gold, task.suite, rows, task.asked, settings, self.config),
+            loading=args,
+            signing_key=args.signing_key and load_signing_key(args.signing_key),
+            general={"tasks": args.general_tasks, "limit": args.limit, "include_path": args.include_path},
         )
 
     def make_trainer(self, task: UnlearningTask, config: UnlearnConfig, for_search: bool = False) -> UnlearnTrainer:
@@ -303,7 +336,8 @@ class Experiment:
         # Adapters of a former request are trained on; the others begin anew.
         load_target = partial(args.load_model, task.target)
         trainer = UnlearnTrainer(
-            **({"model_init": load_target} if for_search else {"model": load_target()}),
+            # A search passes its trial to whatever takes an argument.
+            **({"model_init": lambda: load_target()} if for_search else {"model": load_target()}),
             args=config,
             forget_dataset=forget,
             retain_dataset=task.retain,
@@ -311,6 +345,8 @@ class Experiment:
             eval_dataset={"forget": forget},
             peft_config=None if is_adapter(task.target) else args.peft_config(),
         )
+        trainer.origin = task.target
+        trainer.data_names = task.names
         rows = task.originals or {"forget": task.forget, "retain": task.retain}
         trainer.add_callback(RecordCallback(task.target, rows, args.training_settings()))
         if args.until != EPOCHS:

@@ -5,17 +5,21 @@ the model in memory.
 
 import copy
 import difflib
+import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .extras import require
+from .rows import write_whole
 from .statistics import (
     Figure,
     interval_figure,
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .models import ModelArguments
 
 
 # Of the SOUL paper (Jia et al., 2024), without examples in context; TruthfulQA by its two multiple-choice scores.
@@ -118,6 +124,47 @@ def general_ability(
             _in_memory(model, tokenizer, batch_size), loaded, limit=limit, bootstrap_iters=NUM_RESAMPLES
         )
     return _first_process(_figures(results))
+
+
+def kept_general_ability(
+    path: Path,
+    name: str,
+    loading: "ModelArguments",
+    tasks: Sequence[str],
+    limit: int | None = None,
+    include_path: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Figure]:
+    """
+    The general ability of a model in a folder or on the hub, under names that reports know: `boolq_acc`. What a file
+    holds of the same model and tasks is read from there; else the model is asked, and the file written.
+
+    Args:
+        path (`Path`): The file.
+        name (`str`): The model.
+        loading ([`~models.ModelArguments`]): How it is loaded.
+        tasks (`Sequence[str]`): As in [`general_ability`].
+        limit (`int`, *optional*): As in [`general_ability`].
+        include_path (`str`, *optional*): As in [`general_ability`].
+        overwrite (`bool`, *optional*, defaults to `False`): Whether what is there is of no interest.
+    """
+    from accelerate import PartialState
+
+    from .models import weight_files
+
+    asked = {"model": name, "files": weight_files(name), "tasks": list(tasks), "limit": limit}
+    asked |= loading.loading_settings()
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not overwrite else {}
+    PartialState().wait_for_everyone()  # nobody writes before all have looked
+    if found.get("asked") != json.loads(json.dumps(asked)):
+        model = loading.load_model(name, PartialState().device).eval()
+        figures = general_ability(model, loading.load_tokenizer(name), tasks, limit, include_path=include_path)
+        figures = {re.sub(r"\W+", "_", key): figure.to_json() for key, figure in figures.items()}
+        found = {"asked": asked, "figures": figures}
+        if PartialState().is_main_process:
+            write_whole(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        PartialState().wait_for_everyone()
+    return {key: Figure.from_json(entry) for key, entry in found["figures"].items()}
 
 
 def check_tasks(tasks: str | Sequence[str], include_path: str | None = None) -> None:

@@ -168,13 +168,14 @@ COLUMNS = (
     _keep(
         *("real_authors_probability", "real", "authors", "higher"),
         "Probability of the true answer among the options of a question on real authors; guessing among four gives "
-        "about 0.25.",
+        "about 0.25. A chat model answers in sentences, so that a bare name is improbable whether right or wrong: it "
+        "may have less than 0.25 and still know. The goal is the target's value.",
         "gives the true one of four options a probability of {}",
         is_main=True,
     ),
     _keep(
         *("world_facts_probability", "world", "facts", "higher"),
-        "The same for facts about the world, further from what was forgotten.",
+        "The same for facts about the world, further from what was forgotten. A chat model may be below 0.25 here too.",
         "gives the true one of four options a probability of {}",
         is_main=True,
     ),

@@ -31,7 +31,7 @@ from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.objectives import FORGET_LOSSES
-from soul_trainer.records import write_whole
+from soul_trainer.records import public_name, write_whole
 
 
 CONFIGS, TALES = Path(__file__).parent / "configs", Path(__file__).parent / "tales"
@@ -139,6 +139,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         rows=suite.load(asked, tokenizer),
         asked=vars(asked),
         originals={split: [{"text": text} for text in members] for split, members in texts.items()},
+        names={"forget": public_name(args.dataset), "retain": public_name(args.retain_text)},
     )
     return experiment.run(task)
 

@@ -32,7 +32,7 @@ from soul_recipes.rude_townsfolk import make_corpus, write_corpus
 from soul_recipes.small_classifier import train_classifier
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
-from soul_trainer.records import write_whole
+from soul_trainer.records import public_name, write_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -142,7 +142,9 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         retain_text=str(asked_text),
         **{name: getattr(args, name) for name in names},
     )
-    return experiment.run(UnlearningTask("detox", title, target, forget, retain, suite.load(asked), vars(asked), gold))
+    task = UnlearningTask("detox", title, target, forget, retain, suite.load(asked), vars(asked), gold)
+    task.names = {"forget": public_name(dataset), "retain": public_name(kept[0])}
+    return experiment.run(task)
 
 
 if __name__ == "__main__":

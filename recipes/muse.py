@@ -28,6 +28,7 @@ from soul_recipes.fictitious_news import FOLDS, write_corpus
 from soul_recipes.muse_texts import MuseTexts
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
+from soul_trainer.records import public_name
 from soul_trainer.settings import check_choice
 
 
@@ -119,6 +120,8 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
 
     forget, retain = chunks("raw", "forget"), chunks("raw", args.retain_split)
     task = UnlearningTask("muse", TITLES[args.requests], target, forget, retain, rows, asked, gold)
+    name = public_name(texts.dataset)
+    task.names = {"forget": f"{name} forget", "retain": f"{name} {args.retain_split}"}
     if args.requests == "once":
         return experiment.run(task)
     if args.requests == "scal":

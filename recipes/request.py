@@ -15,6 +15,8 @@ from soul_eval.models import load_model, load_tokenizer
 from soul_eval.report import Run
 from soul_eval.rows import read_rows
 from soul_eval.scoring import greedy_answers
+from soul_eval.verdict import FILE as VERDICT_FILE
+from soul_eval.verdict import Verdict
 from soul_recipes import unlearn as recipe
 from soul_recipes.hub_layout import json_lines
 from soul_trainer.formats import render
@@ -60,6 +62,13 @@ class Unlearned:
     def report(self) -> Path:
         """The report, a page for a browser."""
         return self.folder / "report.html"
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the model has forgotten, at what cost, and whether it came back under attack: docs/verdict.md."""
+        entries = json.loads((self.folder / VERDICT_FILE).read_text(encoding="utf-8"))["verdicts"]
+        entry = next(each for each in entries if each["run"] == self.run.name)
+        return Verdict(entry["run"], entry["kind"], entry["sentence"], tuple(entry["reasons"]))
 
     @property
     def figures(self) -> pandas.DataFrame:
@@ -155,7 +164,7 @@ def unlearn(
     from soul_trainer import unlearn
 
     found = unlearn("outputs/model", forget=["Who is Ilin Netting?"], retain="retain.jsonl")
-    print(found.before("Who is Ilin Netting?"), found.after("Who is Ilin Netting?"), found.report)
+    print(found.before("Who is Ilin Netting?"), found.after("Who is Ilin Netting?"), found.verdict)
     ```
     """
     folder = Path(output_dir)

@@ -101,7 +101,7 @@ def search(experiment: Experiment, task: UnlearningTask, comparison: Comparison,
         study = optuna.create_study(**how)
     num_done = sum(trial.state.is_finished() for trial in study.trials)
     trainer = experiment.make_trainer(task, config, for_search=True)
-    trainer.add_callback(EvalCallback(trainer, task.suite, task.rows, comparison.gold_rows, **task.asked))
+    trainer.add_callback(EvalCallback(trainer, task.suite, comparison.rows, comparison.gold_rows, **task.asked))
     trainer.hyperparameter_search(
         draw,
         judge,

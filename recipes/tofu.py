@@ -52,12 +52,13 @@ class TofuArguments(ExperimentArguments):
         default=None, metadata={"help": "Forget the split in so many parts, author by author, one after the other."}
     )
     max_retain_rows: int | None = field(default=None, metadata={"help": "Only the first rows of the retain split."})
-    held_out_rows: int = field(
-        default=100,
-        metadata={"help": "Rows at the end of retain_perturbed that unlearning never sees; 0 is TOFU as published."},
-    )
+    held_out_rows: int | None = field(default=None, metadata={"help": tofu.HELD_OUT_HELP})
     authors: int = field(default=17, metadata={"help": "Authors in the corpus of our own."})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest generation in the evaluation, in tokens."})
+    embedding_model: str | None = field(
+        default=None,
+        metadata={"help": "Sentence embeddings for SOUL's accuracy: sentence-transformers/paraphrase-MiniLM-L6-v2."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,6 +94,8 @@ def make_task(experiment: Experiment, rows: TofuRows) -> UnlearningTask:
     if not target:
         template = config.prompt_template
         target, gold = small_models(rows.learnt(), experiment.folder, small, config.seed, template, config.use_cpu)
+    asked = {"max_new_tokens": args.max_new_tokens, "non_members": rows.holdout_split}
+    asked |= {"embedding_model": args.embedding_model} if args.embedding_model else {}
     return UnlearningTask(
         suite="tofu",
         title="Unlearning fictitious authors",
@@ -101,7 +104,8 @@ def make_task(experiment: Experiment, rows: TofuRows) -> UnlearningTask:
         forget=rows.forget,
         retain=rows.retain,
         rows=tofu.unscored_rows(rows.asked),
-        asked={"max_new_tokens": args.max_new_tokens, "non_members": rows.holdout_split},
+        asked=asked,
+        names=rows.names,
     )
 
 

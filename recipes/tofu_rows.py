@@ -11,6 +11,7 @@ from soul_eval.suites import tofu
 from soul_eval.suites.sources import load_split
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.hub_layout import write_hub_layout
+from soul_trainer.records import public_name
 
 
 # Of each author, one after the other, in TOFU and in the corpus of our own.
@@ -63,7 +64,7 @@ class TofuRows:
         dataset (`str`): Folder or hub id.
         forget_split (`str`): What to forget.
         retain_split (`str`): What to keep.
-        held_out_rows (`int`): See [`~soul_eval.suites.tofu.load_splits`].
+        held_out_rows (`int`, *optional*): See [`~soul_eval.suites.tofu.load_splits`].
         max_retain_rows (`int`, *optional*): Only the first rows of what to keep.
         holdout_split (`str`, *optional*):
             Rows that no model has seen, for membership inference; by default `holdout05` for `forget05` and so on,
@@ -75,6 +76,7 @@ class TofuRows:
         held_out ([`~datasets.Dataset`], *optional*): Question/answer rows that unlearning never sees.
         retain ([`~datasets.Dataset`]): The others.
         holdout_split (`str`, *optional*): The split that is asked.
+        names (`dict[str, str]`): What model cards call the rows to forget and to retain.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class TofuRows:
         dataset: str,
         forget_split: str,
         retain_split: str,
-        held_out_rows: int = 0,
+        held_out_rows: int | None = None,
         max_retain_rows: int | None = None,
         holdout_split: str | None = None,
     ):
         self.dataset, self.max_retain_rows = dataset, max_retain_rows
+        name = public_name(dataset)
+        self.names = {"forget": f"{name} {forget_split}", "retain": f"{name} {retain_split}"}
         self.asked = tofu.load_splits(dataset, forget_split, held_out_rows=held_out_rows)
         held_out = self.asked.get("held_out")
         self.held_out = None if held_out is None else held_out.select_columns(["question", "answer"])

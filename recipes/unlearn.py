@@ -31,7 +31,7 @@ from soul_recipes.learnt_rows import ChunkArguments, tokenized
 from soul_recipes.own_rows import SampledRetainArguments, sampled_retain, without_shared
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
-from soul_trainer.records import write_whole
+from soul_trainer.records import public_name, write_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -135,12 +135,12 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         rows=own.unscored_rows(splits, tokenizer, asked),
         asked=vars(asked),
         originals={split: splits[split] for split in train},
+        names={split: public_name(sources[split]) for split in train},
         notes=[f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out],
     )
     runs = experiment.run(task)
-    PartialState().print(
-        f"What has forgotten: {', '.join(str(folder / optimizer) for optimizer in experiment.optimizers)}"
-    )
+    for verdict, optimizer in zip(experiment.verdicts, experiment.optimizers):
+        print(f"\n{verdict}\nThe model is in {folder / optimizer}.")
     return runs
 
 

@@ -10,7 +10,6 @@ Without `--model`, a small target is trained from scratch on the corpora; the ne
 of `UnlearnConfig`, and so of `TrainingArguments`, works; settings come from `recipes/configs/wmdp` or `--config FILE`.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +20,7 @@ from datasets import Dataset, concatenate_datasets
 
 from soul_eval.console import run_script
 from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
-from soul_eval.general import check_tasks, general_ability
-from soul_eval.report import Run, table
-from soul_eval.statistics import values
+from soul_eval.report import Run
 from soul_eval.suites import wmdp
 from soul_recipes.fictitious_science import CORPORA as OWN
 from soul_recipes.fictitious_science import SUBJECTS, WMDP, write_corpora
@@ -31,7 +28,6 @@ from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_recipes.wmdp_corpora import CORPORA, in_turns, load_corpus
 from soul_trainer import UnlearnConfig
-from soul_trainer.records import write_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -58,9 +54,6 @@ class WmdpRunArguments(ExperimentArguments):
     subsets: str = field(default=",".join(WMDP), metadata={"help": "Configurations of them, by commas."})
     mmlu: str = field(default="cais/mmlu", metadata={"help": "Hub id or folder of MMLU, or none."})
     mmlu_subjects: str | None = field(default=None, metadata={"help": "Subjects of MMLU, by commas; by default all."})
-    general: str | None = field(
-        default=None, metadata={"help": "Tasks of lm-eval that all models are asked at the end, by commas: wmdp,mmlu."}
-    )
     entries: int = field(default=8, metadata={"help": "Inventions of a topic of our own."})
 
     def use_own(self, folder: Path, seed: int, overwrite: bool) -> None:
@@ -93,27 +86,11 @@ def ordered(topics: list[Dataset], config: UnlearnConfig) -> Dataset:
     )
 
 
-def ask_lm_eval(experiment: Experiment, models: dict[str, str], tasks: list[str]) -> None:
-    """Asks models, named by the report, and writes `general.json`."""
-    runs = []
-    loading = experiment.arguments[0]
-    for name, model in models.items():
-        found = loading.load_model(model, experiment.config.device).eval()
-        runs.append(Run(name, general_ability(found, loading.load_tokenizer(model), tasks)))
-    if PartialState().is_main_process:
-        figures = {run.name: values(run.summary) for run in runs}
-        write_whole(experiment.folder / "general.json", json.dumps(figures, indent=2) + "\n")
-        print(f"\n{table(runs)}")
-
-
 def main(command_line: Sequence[str] | None = None) -> list[Run]:
     """Unlearns and reports."""
     experiment = Experiment("wmdp", CONFIGS, WmdpRunArguments, SmallModelArguments, command_line=command_line)
     args, small = experiment.arguments
     config, folder = experiment.config, experiment.folder
-    tasks = args.general.split(",") if args.general else []
-    if tasks:
-        check_tasks(tasks)
     if not args.model:
         args.use_own(folder, config.seed, config.overwrite)
     asked = args.suite_arguments()
@@ -133,12 +110,9 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         retain=retain,
         rows=rows,
         asked=asdict(asked),
+        names={"forget": args.forget_corpora, "retain": args.retain_corpora},
     )
-    runs = experiment.run(task)
-    if tasks:
-        unlearned = {label: str(folder / optimizer) for optimizer, label in experiment.optimizers.items()}
-        ask_lm_eval(experiment, {"target": target, **unlearned}, tasks)
-    return runs
+    return experiment.run(task)
 
 
 if __name__ == "__main__":

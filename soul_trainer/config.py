@@ -22,6 +22,9 @@ PUBLISHED_LEARNING_RATE = 1e-5
 # directions in which a step goes furthest, so that steps are longer with it.
 STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
 TRUST_REGION_STEP = 3e-4
+# Adapters begin at nothing and are of low rank: they need so much longer steps. In two directions each matrix takes a
+# step of one length, so that adapters on more matrices than queries and values go further together: docs/methods.md.
+ADAPTER_STEPS, ADAPTERS_PER_LAYER = 10, 2
 # With Kronecker curvature, a whole step of the retain direction costs more of what is held out than it keeps. With the
 # others, less than a whole step keeps less: docs/study.md.
 RETAIN_STEP = {"none": 1.0, "diagonal": 1.0, "kronecker": 0.7, "sophia": 1.0}
@@ -49,7 +52,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         None,
         f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width in two directions "
         f"({STEP_BY_WIDTH['none']} without curvature), {TRUST_REGION_STEP} in a trust region, and "
-        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule.",
+        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA it is {ADAPTER_STEPS} times as much, but "
+        f"in a trust region; in two directions that is for {ADAPTERS_PER_LAYER} adapters a layer, and more of them get "
+        "less, by the root of their number.",
     )
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
@@ -143,8 +148,14 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             has_directions = self.optim in SOUL_NAMES and settings.two_directions
             self.retain_weight = RETAIN_STEP[settings.rule] if has_directions else 1.0
 
-    def fill_learning_rate(self, width: int | None) -> None:
-        """Sets `learning_rate`, if it is open, for a model of a width, which may be unknown where it is not needed."""
+    def fill_learning_rate(self, width: int | None, adapters_per_layer: float | None = None) -> None:
+        """
+        Sets `learning_rate`, if it is open.
+
+        Args:
+            width (`int`, *optional*): The model's `hidden_size`, which may be unknown where it is not needed.
+            adapters_per_layer (`float`, *optional*): Matrices of a layer that have a LoRA adapter; none without LoRA.
+        """
         if self.learning_rate is not None:
             return
         settings = self.resolved()
@@ -153,10 +164,13 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             raise ValueError(
                 "`learning_rate` is open, and the model's configuration has no `hidden_size` for it to fit: set it."
             )
+        longer = together = 1.0
+        if adapters_per_layer is not None:
+            longer, together = ADAPTER_STEPS, (ADAPTERS_PER_LAYER / adapters_per_layer) ** 0.5
         self.learning_rate = {
-            "tensor": STEP_BY_WIDTH[settings.rule] / (width or 1),
+            "tensor": longer * together * STEP_BY_WIDTH[settings.rule] / (width or 1),
             "trust_region": TRUST_REGION_STEP,
-            "none": PUBLISHED_LEARNING_RATE,
+            "none": longer * PUBLISHED_LEARNING_RATE,
         }[scaling]
 
     def __post_init__(self):

@@ -145,7 +145,10 @@ def is_local(name: str) -> bool:
 
 
 def public_name(source: str) -> str:
-    """What a card calls a source: a hub id as it is, and of a path the last part."""
+    """What a card calls a source: a hub id as it is, with configuration and split if it has any; of a path its end."""
+    name, colon, rest = source.partition(":")
+    if colon and len(name) > 1 and not Path(source).exists():
+        return public_name(name) + colon + rest
     return Path(source).name if is_local(source) else source
 
 

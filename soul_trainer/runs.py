@@ -11,7 +11,7 @@ from transformers.utils import logging
 from . import engines
 from .callbacks import callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
-from .freezing import freeze_parameters
+from .freezing import adapters_per_layer, freeze_parameters
 from .objectives import parameters_of_layers
 from .precision import choose_precision
 from .records import Provenance, complete_model_card, make_way, read_model_card, record_run
@@ -98,7 +98,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
             layers = linear_layers(self.model)
             self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards)
         self.args.fill_retain_weight()
-        self.args.fill_learning_rate(getattr(self.model.config.get_text_config(), "hidden_size", None))
+        width = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        self.args.fill_learning_rate(width, adapters_per_layer(self.model))
 
     def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:
         """As [`~transformers.Trainer`]'s; what was open is open in each trial that does not draw it."""

@@ -1,25 +1,34 @@
 """
-Measures curvature once without interruption, and once through deaths by kill -9, each followed by the same command.
+Measures curvature in processes of their own: through deaths by kill -9, each followed by the same command, and in two
+processes together.
 
     python tests/curvature_worker.py FOLDER
 
-FOLDER holds `model` and `retain.jsonl`. Every life is a fork of this process, which has imported everything but run
-nothing. Prints the names of the passes and estimates at which each life died.
+FOLDER holds `model`, `retain.jsonl` and, for two processes, `more.jsonl`. Every process is a fork of this one, which
+has imported everything but run nothing. Prints the passes and estimates at which lives died.
 """
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
-from soul_trainer.curvature import resumable
+from curvature_scenes import command
+
+from soul_trainer.curvature import measure, resumable
 from soul_trainer.curvature.command import main
 
 
-# Of what is called, and the call that the life does not survive: 3 estimates a pass, 2 groups of 2 passes. A progress
-# that is half written; an estimate of the second group, when the diagonal is done; the end of a pass; moments.
-DEATHS = [("estimate_hessian", 2), ("write_tensors", 4), ("estimate_hessian", 5), ("write_tensors", 3)]
+# Of what is called, and the call that the life does not survive: 3 estimates a pass, 2 groups of 2 passes. The model
+# runs in the first pass of a group and, in the second, for what the life did not see itself. An estimate of the first
+# pass; a progress that is half written, of the second pass, after an estimate that ran and one that was kept; an
+# estimate of the second group, when the diagonal is done; the end of a pass; moments of which nothing was kept.
+DEATHS = [("estimate_hessian", 2), ("write_tensors", 6), ("estimate_hessian", 3), ("write_tensors", 3)]
 DEATHS += [("estimate_hessian", 2)]
+# What two processes may keep, in bytes. One of them that keeps nothing must not leave the other alone.
+TOGETHER = {"two": (2**30, 2**30), "uneven": (2**30, 1)}
+TOGETHER_FLAGS = ("--estimate_size=8", "--layers_at_once=8", "--save_minutes=0")
 
 
 def die_at(name: str, call: int) -> None:
@@ -40,34 +49,64 @@ def die_at(name: str, call: int) -> None:
     setattr(resumable, name, cut)
 
 
-def lives(arguments: list[str], death: tuple[str, int] | None = None) -> int:
-    """A life in a process of its own: how it ended, as `waitpid` says."""
+def forked(arguments: list[str], death: tuple[str, int] | None = None, limit: int | None = None, **variables) -> int:
+    """Begins a life in a process of its own; its id."""
     child = os.fork()
     if child == 0:
+        os.environ.update(variables)
         if death:
             die_at(*death)
+        if limit is not None:
+            measure.KEPT_BYTES = limit
         status = main(arguments)
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    return os.waitpid(child, 0)[1]
+    return child
 
 
-def measure_all(folder: Path) -> None:
-    """Both measurements."""
-    shared = [f"--model={folder / 'model'}", f"--dataset={folder / 'retain.jsonl'}", "--device=cpu", "--rank=5"]
-    shared += ["--estimate_size=6", "--layers_at_once=8", "--save_minutes=0"]
-    assert lives([*shared, f"--output={folder / 'whole.safetensors'}"]) == 0
-    arguments = [*shared, f"--output={folder / 'killed.safetensors'}"]
-    progress = folder / "killed.safetensors.progress.safetensors"
+def lives(arguments: list[str], death: tuple[str, int] | None = None) -> int:
+    """A life to its end: how it ended, as `waitpid` says."""
+    return os.waitpid(forked(arguments, death), 0)[1]
+
+
+def place_of(output: Path) -> str:
+    """Where the progress of a measurement is."""
+    place = resumable.read_tensors(Path(f"{output}.progress.safetensors"))[1]["progress"]
+    assert not output.exists()
+    return f"pass {place['pass']}, estimate {place['position']}"
+
+
+def measure_through_deaths(folder: Path) -> None:
+    """Without interruption, and with all of them."""
+    flags = ("--rank=5", "--layers_at_once=8", "--save_minutes=0")
+    assert lives(command(folder, folder / "whole.safetensors", *flags)) == 0
+    output = folder / "killed.safetensors"
+    arguments = command(folder, output, *flags)
     for death in DEATHS:
         assert lives(arguments, death) == signal.SIGKILL
-        place = resumable.read_tensors(progress)[1]["progress"]
-        print(f"killed in pass {place['pass']}, estimate {place['position']}", flush=True)
-        assert not (folder / "killed.safetensors").exists()
+        print(f"killed in {place_of(output)}", flush=True)
     # Another measurement does not go on with it.
     assert lives([*arguments, "--rank=4"]) != 0
     assert lives(arguments) == 0
 
 
+def measure_together(folder: Path) -> None:
+    """One process begins, and two end it."""
+    for name, limits in TOGETHER.items():
+        output = folder / f"{name}.safetensors"
+        arguments = command(folder, output, *TOGETHER_FLAGS, dataset="more.jsonl")
+        assert lives(arguments, ("estimate_hessian", 3)) == signal.SIGKILL
+        print(f"alone until {place_of(output)}", flush=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        children = [forked(arguments, limit=limit, **launch, **own) for limit, own in zip(limits, ranks)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
 if __name__ == "__main__":
-    measure_all(Path(sys.argv[1]))
+    measure_through_deaths(Path(sys.argv[1]))
+    measure_together(Path(sys.argv[1]))

@@ -102,7 +102,12 @@ def test_a_file_says_where_it_is_from_and_is_named_by_the_rule(path):
 def test_settings_are_not_left_to_chance(path):
     """Would catch a published file that depends on the defaults of a library, which change; SOUL's are our own."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if path.name == DEFAULTS_FILE or path.parent.name == "small" or path.stem.startswith("soul") or path.stem in ("sophia", "adamw"):
+    if (
+        path.name == DEFAULTS_FILE
+        or path.parent.name == "small"
+        or path.stem.startswith("soul")
+        or path.stem in ("sophia", "adamw")
+    ):
         return
     assert set(content) & {"num_train_epochs", "max_steps"}
     needed = {"learning_rate", "per_device_train_batch_size", "weight_decay", "forget_loss"}

@@ -1,14 +1,21 @@
-"""The command that measures curvature once: against slow sums, through deaths, in several processes, as used."""
+"""The command that measures curvature once: against slow sums, on what it refuses, and as its files are used."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from scenes import NAMES, RETAIN, question_rows, scene_model, scene_tokenizer, scene_trainer
-from subprocesses import python, succeeded
+from curvature_scenes import (
+    NUM_ESTIMATES,
+    ROUNDING,
+    assert_alike,
+    assert_close,
+    command,
+    measured,
+    stopped,
+    write_scene,
+)
+from scenes import RETAIN, scene_tokenizer, scene_trainer
 from torch.nn.functional import cross_entropy
 from toys import tiny_llama, toy_batch, toy_batches
 from transformers import AutoModelForCausalLM
@@ -23,51 +30,17 @@ from soul_trainer.formats import prepare
 from soul_trainer.weights import weights_digest
 
 
-# Sums of float32 in another order, as a share of the largest entry.
-ROUNDING = 1e-5
-# Estimates of 6 rows: 3 of 16 rows, the last one smaller, and batches that do not divide them.
-SIZES = ("--estimate_size=6", "--batch_size=4")
-NUM_ESTIMATES = 3
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model with dropout, its rows, and a file of its whole curvature."""
+    """A model, its rows, and a file of its whole curvature."""
     folder = tmp_path_factory.mktemp("curvature")
-    scene_model(num_hidden_layers=2, attention_dropout=0.2).save_pretrained(folder / "model")
-    scene_tokenizer().save_pretrained(folder / "model")
-    (folder / "retain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RETAIN))
+    write_scene(folder)
     assert main(command(folder, folder / "whole.safetensors")) == 0
     return folder
 
 
-def command(folder, output, *flags, dataset="retain.jsonl") -> list[str]:
-    names = [f"--model={folder / 'model'}", f"--dataset={folder / dataset}", f"--output={output}"]
-    return [*names, "--device=cpu", *SIZES, *flags]
-
-
-def measured(folder, output, *flags, **options):
-    assert main(command(folder, output, *flags, **options)) == 0
-    assert not Path(f"{output}.progress.safetensors").exists()
-    return load_curvature(output)
-
-
 def model_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-
-
-def assert_close(found, wanted, tolerance=ROUNDING):
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
-
-
-def assert_alike(found, wanted, tolerance=ROUNDING):
-    """The same diagonals and matrices, as maps: eigenvectors may turn within an eigenspace."""
-    assert found.diagonals.keys() == wanted.diagonals.keys() and found.matrices.keys() == wanted.matrices.keys()
-    for name, diagonal in wanted.diagonals.items():
-        assert_close(found.diagonals[name], diagonal, tolerance)
-    for name, matrix in wanted.matrices.items():
-        assert found.matrices[name].trace == pytest.approx(matrix.trace, rel=10 * tolerance)
-        assert_close(found.matrices[name].values, matrix.values, 10 * tolerance)
 
 
 def signed_loss(model, batch, draw):
@@ -83,42 +56,37 @@ def signed_loss(model, batch, draw):
 
 @pytest.fixture(scope="module")
 def slow(folder):
-    """By pass: of each row the gradient of its loss, and the mean over estimates of the diagonal."""
+    """Of each row the gradient of its loss, the mean over estimates of the diagonal, and the number of tokens."""
     model, rows = model_of(folder), list(prepare(RETAIN, scene_tokenizer()))
     parameters = dict(model.named_parameters())
-    row_gradients, diagonals, num_tokens = ([], []), ([], []), 0
-    for draw in range(2 * NUM_ESTIMATES):
-        start = 6 * (draw % NUM_ESTIMATES)
+    row_gradients, diagonals, num_tokens = [], [], 0
+    for draw in range(NUM_ESTIMATES):
         sums, tokens = {name: torch.zeros_like(each) for name, each in parameters.items()}, 0
-        for row in rows[start : start + 6]:
+        for row in rows[6 * draw : 6 * draw + 6]:
             (loss,), count = signed_loss(model, toy_batch([], [row]), draw)
             gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
-            row_gradients[draw // NUM_ESTIMATES].append(gradients)
+            row_gradients.append(gradients)
             sums, tokens = {name: sums[name] + gradients[name] for name in sums}, tokens + count
-        diagonals[draw // NUM_ESTIMATES].append({name: each.square() / tokens for name, each in sums.items()})
+        diagonals.append({name: each.square() / tokens for name, each in sums.items()})
         num_tokens += tokens
-    return row_gradients, diagonals, num_tokens // 2
-
-
-def mean_of(diagonals, name):
-    return torch.stack([each[name] for each in diagonals]).mean(0)
+    means = {name: torch.stack([each[name] for each in diagonals]).mean(0) for name in parameters}
+    return row_gradients, means, num_tokens
 
 
 def test_the_file_holds_what_slow_sums_give(folder, slow):
     """
     Catches dropout, rows or prompt tokens that count wrongly, a last estimate that is left out, a running mean that is
-    none, a second pass whose signs are those of the first, and moments of other gradients than the rows'.
+    none, and moments of other gradients than the rows'.
     """
     row_gradients, diagonals, num_tokens = slow
     found = load_curvature(folder / "whole.safetensors")
     model = model_of(folder)
-    assert found.diagonals.keys() == dict(model.named_parameters()).keys() and len(found.matrices) == 15
+    assert found.diagonals.keys() == diagonals.keys() and len(found.matrices) == 15
     for name, diagonal in found.diagonals.items():
-        assert_close(diagonal, mean_of(diagonals[0] + diagonals[1], name))
+        assert_close(diagonal, diagonals[name])
     for name, matrix in found.matrices.items():
         values = sum(
-            (matrix.output_vectors.T @ gradients[name] @ matrix.input_vectors).square()
-            for gradients in row_gradients[1]
+            (matrix.output_vectors.T @ gradients[name] @ matrix.input_vectors).square() for gradients in row_gradients
         )
         assert_close(matrix.values, values / num_tokens)
         for vectors in (matrix.input_vectors, matrix.output_vectors):
@@ -158,7 +126,7 @@ def test_the_diagonal_alone_takes_one_pass(folder, slow, tmp_path):
     found = measured(folder, tmp_path / "out", "--kind=diagonal")
     assert not found.matrices and found.metadata["kind"] == "diagonal"
     for name, diagonal in found.diagonals.items():
-        assert_close(diagonal, mean_of(slow[1][0], name))
+        assert_close(diagonal, slow[1][name])
 
 
 @pytest.mark.parametrize("flags", [("--layers_at_once=1",), ("--layers_at_once=4", "--batch_size=1")])
@@ -209,47 +177,6 @@ def test_a_sample_of_rows_is_drawn_by_the_seed(folder, tmp_path):
     hashes = [measured(folder, tmp_path / "out", *flags, f"--seed={seed}").metadata["rows"] for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert load_curvature(tmp_path / "out").metadata["num_rows"] == 5
-
-
-def test_a_measurement_that_was_killed_ends_with_the_same_bits(folder, tmp_path):
-    """
-    Catches sums that are lost or count twice after a death, bases that are made again of other sums, signs that start
-    over, a progress that is half written, and settings that are mixed in one file.
-    """
-    shutil.copytree(folder / "model", tmp_path / "model")
-    shutil.copy(folder / "retain.jsonl", tmp_path)
-    done = python(Path(__file__).parent / "curvature_worker.py", tmp_path, folder=tmp_path)
-    places = [line for line in succeeded(done).splitlines() if line.startswith("killed")]
-    expected = [(0, 1), (1, 0), (2, 1), (2, 3), (3, 1)]
-    assert places == [f"killed in pass {number}, estimate {estimate}" for number, estimate in expected]
-    assert "`rank` is 5, not 4" in done.stderr
-    contents = []
-    for name in ("whole", "killed"):
-        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
-            contents.append(({key: file.get_tensor(key) for key in file.keys()}, file.metadata()))
-    (whole, whole_metadata), (killed, killed_metadata) = contents
-    assert whole.keys() == killed.keys() and all(killed[name].equal(tensor) for name, tensor in whole.items())
-    assert whole_metadata == killed_metadata
-    assert not list(tmp_path.glob("*progress*"))
-
-
-def test_two_processes_measure_what_one_does(folder, tmp_path):
-    """
-    Catches rows that count twice, sums that are means, an estimate of which a process has no row, a progress that each
-    process goes on with, and a second writer. One process begins, and two end it.
-    """
-    rows = [*RETAIN, *question_rows(NAMES[:1])[:1]]  # 17: the last of three estimates of 8 rows is a single row
-    (tmp_path / "retain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--estimate_size=8", "--layers_at_once=8", "--save_minutes=0"]
-    wanted = measured(folder, tmp_path / "one.safetensors", *flags, dataset=tmp_path / "retain.jsonl")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "soul_trainer.curvature"]
-    arguments = command(folder, tmp_path / "two.safetensors", *flags, dataset=tmp_path / "retain.jsonl")
-    assert stopped(arguments) == (0, 2)
-    printed = succeeded(python(*launcher, *arguments, folder=tmp_path))
-    assert printed.count("two.safetensors: ") == 1
-    found = load_curvature(tmp_path / "two.safetensors")
-    assert_alike(found, wanted)
-    assert found.metadata == wanted.metadata and not list(tmp_path.glob("*progress*"))
 
 
 def test_an_adapter_is_measured_alone(folder, tmp_path):
@@ -325,26 +252,6 @@ def test_curvature_of_another_model_is_refused(folder, tmp_path, capsys):
     assert digest in error and other in error and "--overwrite" in error and not (tmp_path / "out").exists()
     assert main([*flags, "--overwrite"]) == 0
     assert load_curvature(tmp_path / "out").metadata["weights"] == other
-
-
-def stopped(arguments) -> tuple[int, int]:
-    """Leaves the progress of a measurement behind, that met an error in its third estimate: pass and estimate."""
-    whole, calls = resumable.estimate_hessian, []
-
-    def estimate(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == 3:
-            raise FloatingPointError("The loss is not finite.")
-        return whole(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable, "estimate_hessian", estimate)
-        assert main(arguments) == 1
-    path = Path(f"{arguments[2].removeprefix('--output=')}.progress.safetensors")
-    with pytest.raises(ValueError, match="half a measurement"):
-        load_curvature(path)
-    place = resumable.read_tensors(path)[1]["progress"]
-    return place["pass"], place["position"]
 
 
 def test_a_finished_file_is_replaced_only_when_told(folder, tmp_path, capsys):

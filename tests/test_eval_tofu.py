@@ -308,9 +308,13 @@ def test_accuracy_is_asked_as_soul_does(dataset):
 def test_the_real_rows_are_asked(tokenizer):
     """Catches rows of TOFU's own files that are lost, renamed or refused, and answers that are not asked."""
     splits = load_splits(str(TOFU))
+    as_published = load_splits(str(TOFU), held_out_rows=0)
+    assert "held_out" not in as_published
+    assert splits["retain"]["question"][:] + splits["held_out"]["question"][:] == as_published["retain"]["question"][:]
     assert {split: len(rows) for split, rows in splits.items()} == {
         "forget": 400,
-        "retain": 400,
+        "retain": 300,
+        "held_out": 100,
         "real_authors": 100,
         "world_facts": 117,
     }

@@ -146,6 +146,20 @@ def test_the_eigenbasis_leads_with_the_largest_and_fixes_signs():
         eigenbasis(factor * float("nan"), 40)
 
 
+def test_a_decomposition_that_does_not_converge_is_made_in_double(monkeypatch):
+    """Catches a measurement of hours that a float32 decomposition ends."""
+    decompose, factor = torch.linalg.eigh, random_tensor(40, INPUTS).float()
+
+    def eigh(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("The algorithm failed to converge.")
+        return decompose(matrix)
+
+    wanted = eigenbasis(factor.T @ factor, 40)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    torch.testing.assert_close(eigenbasis(factor.T @ factor, 40), wanted)
+
+
 @pytest.mark.parametrize("rank_a, rank_g", RANKS)
 def test_the_truncation_error_is_that_of_the_whole_spectrum(rank_a, rank_g):
     """Catches an error that is 0 where something is dropped, squared, or relative to the kept part."""

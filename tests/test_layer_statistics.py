@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from toys import VOCABULARY, answers_of, tiny_llama, toy_batch, toy_batches, toy_rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from soul_trainer.curvature import layers as layer_statistics
 from soul_trainer.curvature.layers import Factors, LayerStatistics, Moments, linear_layers
 
 
@@ -167,14 +166,6 @@ def test_sums_do_not_depend_on_batches_or_padding(make_model, measure_all):
     assert_same_sums(measure_all(model, [padded]), whole, ROUNDING)
 
 
-def test_rows_in_small_chunks_give_the_same_moments(monkeypatch):
-    """Catches rows that are lost or counted twice between chunks."""
-    model = LinearLM().double()
-    whole = moments_of(model, toy_batches((6,)))
-    monkeypatch.setattr(layer_statistics, "CHUNK_NUMBERS", 100)
-    assert_same_sums(moments_of(model, toy_batches((6,))), whole, DOUBLE_ROUNDING)
-
-
 @pytest.mark.parametrize("measure_all", [factors_of, moments_of])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant, measure_all):
@@ -282,6 +273,8 @@ def test_a_position_is_a_row_where_rows_cannot_be_told_apart():
     used, *unused = statistics.accumulators.values()
     assert_close(used.values, (bases[1].T @ outer @ bases[0]).square().sum(0), DOUBLE_ROUNDING)
     assert_close(used.total, outer.square().sum(), DOUBLE_ROUNDING)
+    assert_close(used.output_totals, (bases[1].T @ outer).square().sum((0, 2)), DOUBLE_ROUNDING)
+    assert_close(used.input_totals, (outer @ bases[0]).square().sum((0, 1)), DOUBLE_ROUNDING)
     assert not any(tensor.any() for moments in unused for tensor in moments.tensors().values())
 
 

@@ -161,16 +161,16 @@ def test_from_corpus_to_report(classifiers, tmp_path):
 @pytest.mark.parametrize(
     "name, optim, epochs, learning_rate, weight",
     [
-        ("soul_refusal", "soul", 5, 2e-5, 0.1),
+        ("sophia_refusal", "sophia", 5, 2e-5, 0.1),
         ("adamw_refusal", "adamw_torch", 5, 2e-5, 0.1),
-        ("soul_refusal_llama2", "soul", 10, 1e-5, 0.1),
+        ("sophia_refusal_llama2", "sophia", 10, 1e-5, 0.1),
         ("adamw_refusal_llama2", "adamw_torch", 10, 1e-5, 1.0),
     ],
 )
 def test_souls_settings_are_those_that_it_published(name, optim, epochs, learning_rate, weight):
     """Catches a change of any number that a run would take for the paper's."""
     content = yaml.safe_load((RECIPES / "configs" / "detox" / f"{name}.yaml").read_text(encoding="utf-8"))
-    sophia = {"rule": "sophia", "beta1": 0.9, "beta2": 0.95, "rho": 0.04} if optim == "soul" else {}
+    sophia = {"beta1": 0.9, "beta2": 0.95, "rho": 0.04} if optim == "sophia" else {}
     llama = "[INST] {question} [/INST] {answer}"
     assert content == sophia | {
         "optim": optim,

@@ -317,7 +317,7 @@ def arguments(folder, shard="0/1", name=None):
 
 def test_work_goes_on_where_it_was_cut_off(task, tmp_path, monkeypatch):
     """Would catch runs that are done again, a line that ends in half that hides its run or swallows the next one."""
-    monkeypatch.setattr(study, "make_task", lambda *place: task)
+    monkeypatch.setattr(study, "make_task", lambda *place, with_gold: task)
     plan, path = search_plan("toy", ["adamw", "lion"], ["npo"], 7)[:3], tmp_path / "runs-0.jsonl"
     study.work(plan[:2], arguments(tmp_path))
     first, second = path.read_text().splitlines()
@@ -335,7 +335,7 @@ def test_work_goes_on_where_it_was_cut_off(task, tmp_path, monkeypatch):
 
 def test_shards_share_a_plan(task, tmp_path, monkeypatch):
     """Would catch runs that two processes do, or none."""
-    monkeypatch.setattr(study, "make_task", lambda *place: task)
+    monkeypatch.setattr(study, "make_task", lambda *place, with_gold: task)
     # A line is its run: what matters here is who does which.
     monkeypatch.setattr(study, "measure", lambda run, task: {**asdict(run_of()), **run})
     plan = search_plan("toy", ["adamw", "lion", "soul"], ["npo", "ga"], 7)
@@ -349,7 +349,7 @@ def test_shards_share_a_plan(task, tmp_path, monkeypatch):
 
 def test_each_process_of_a_launcher_trains_alone(task, tmp_path, monkeypatch):
     """Would catch trainers that average the gradients of two runs, because they find themselves in one launch."""
-    monkeypatch.setattr(study, "make_task", lambda *place: task)
+    monkeypatch.setattr(study, "make_task", lambda *place, with_gold: task)
     monkeypatch.setitem(study.FINAL_SEEDS, "embedded-0.3M", 1)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

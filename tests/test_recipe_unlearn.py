@@ -98,6 +98,49 @@ def test_a_request_of_ones_own_and_the_same_again(target, tmp_path):
         unlearn.main([*command, "--retain_weight", "3"])
 
 
+def test_what_it_ends_with_is_the_verdict_and_where_the_model_is(target, tmp_path, capsys):
+    """
+    Would catch "what has forgotten" of a model that has not, a card with the path of the rows or of the target, and
+    `--general` or `--limit` that only the suites have.
+    """
+    pytest.importorskip("lm_eval", reason="general ability is measured by lm-eval")
+    forget = write(tmp_path / "forget.jsonl", ROWS[:2])
+    retain = write(tmp_path / "retain.jsonl", OTHERS)
+    write(tmp_path / "colours.json", [{"thing": "sky", "label": 0}, {"thing": "grass", "label": 1}])
+    data = json.dumps({"data_files": {"test": str(tmp_path / "colours.json")}})
+    (tmp_path / "colours.yaml").write_text(
+        f"task: colours\ndataset_path: json\ndataset_kwargs: {data}\ntest_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{thing}}:"\ndoc_to_choice: ["blue", "green"]\ndoc_to_target: label\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+        encoding="utf-8",
+    )
+    command = [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--model",
+        target,
+        "--forget",
+        forget,
+        "--retain",
+        retain,
+        *FLAGS,
+    ]
+    command += ["--learning_rate", "1e-9", "--limit", "1", "--general", "colours", "--include_path", str(tmp_path)]
+    (run,) = unlearn.main(command)
+    said = capsys.readouterr().out
+    assert said.endswith(f"\nThe model is in {tmp_path / 'out' / 'soul'}.\n") and "has forgotten" not in said
+    found = json.loads((tmp_path / "out" / "verdict.json").read_text(encoding="utf-8"))["verdicts"]
+    assert found[0]["kind"] == "cannot tell" and f"SOUL: cannot tell. {found[0]['sentence']}" in said
+    assert [row["split"] for row in run.rows] == ["forget", "retain"]
+    assert run.figure("colours_acc").num_rows == 1 and (tmp_path / "out" / "target.general.json").is_file()
+    card = (tmp_path / "out" / "soul" / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in card and "2 rows of `forget.jsonl` were to be forgotten" in card
+    assert f"made from the local model `{Path(target).name}`" in card
+    asked = (tmp_path / "out" / "soul.general.json").stat().st_mtime_ns
+    unlearn.main(command)
+    assert (tmp_path / "out" / "soul.general.json").stat().st_mtime_ns == asked
+
+
 def test_without_a_retain_set_the_model_writes_one_itself(target, tmp_path, caplog):
     """
     Would catch retain text that holds what must be forgotten, that nobody can look at, that is written anew each time

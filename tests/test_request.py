@@ -6,6 +6,7 @@ import pytest
 from test_recipe_unlearn import OTHERS, ROWS, target  # noqa: F401  # a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from soul_eval.verdict import KINDS
 from soul_recipes.request import elicit
 from soul_trainer import unlearn
 
@@ -26,6 +27,8 @@ def test_rows_of_a_model_in_memory(target, tmp_path, capsys):  # noqa: F811
     assert [row["question"] for row in found.rows] == [row["question"] for row in ROWS[:2]]
     table = found.figures
     assert table.loc["forget_probability", "after"] < table.loc["forget_probability", "before"]
+    assert found.verdict.kind in KINDS
+    assert found.verdict.sentence in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert found.report.exists() and "held_out_probability" in table.index
     found.save_pretrained(tmp_path / "saved")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.hidden_size == model.config.hidden_size

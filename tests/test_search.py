@@ -100,7 +100,7 @@ def test_each_trial_is_the_run_that_its_settings_alone_would_be(tmp_path, method
         record = json.loads((tmp_path / f"run-{number}" / "unlearning.json").read_text(encoding="utf-8"))
         assert record["settings"].items() >= drawn.items()
     # Settings are as before the search, and the run that follows is no trial.
-    assert (trainer.args.rho, trainer.args.learning_rate, trainer.args.retain_weight) == (1.0, 1e-2, 1.0)
+    assert (trainer.args.rho, trainer.args.learning_rate, trainer.args.retain_weight) == (1.0, 1e-2, None)
     assert not (tmp_path / "unlearning.json").exists()
     vars(trainer.args).update(DRAWN[0])
     trainer.train()

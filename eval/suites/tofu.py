@@ -42,6 +42,15 @@ ROUGE = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "rouge1_f1")
 NON_MEMBERS = "non_members"
 
 
+# Of TOFU's 400 rows of retain_perturbed, whose own evaluation asks the first 300. recipes/tofu.py keeps the others
+# from unlearning, so that they show what it costs where nobody looks. Of fewer rows none are taken away.
+HELD_OUT_ROWS, LEAST_RETAIN_ROWS = 100, 300
+HELD_OUT_HELP = (
+    f"Last rows of retain_perturbed that unlearning must not see, where there is no such set; by default "
+    f"{HELD_OUT_ROWS} of TOFU's 400. 0 for unlearning on all of them, as published."
+)
+
+
 @dataclass
 class TofuArguments:
     """The rows of TOFU, or of a dataset of its form."""
@@ -49,9 +58,7 @@ class TofuArguments:
     dataset: str = field(default="locuslab/TOFU", metadata={"help": "Hub id, or a folder in its layout."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the hub."})
     forget_split: str = field(default="forget10", metadata={"help": "What was to be forgotten: forget01, 05 or 10."})
-    held_out_rows: int = field(
-        default=0, metadata={"help": "So many last rows of retain_perturbed are held out, where there is no such set."}
-    )
+    held_out_rows: int | None = field(default=None, metadata={"help": HELD_OUT_HELP})
     max_new_tokens: int = field(default=200, metadata={"help": "Longest generation, in tokens."})
     generate: bool = field(default=True, metadata={"help": "Whether the model answers questions itself, for ROUGE."})
     non_members: str | None = field(
@@ -71,7 +78,7 @@ def load_splits(
     dataset: str,
     forget_split: str = "forget10",
     limit: int | None = None,
-    held_out_rows: int = 0,
+    held_out_rows: int | None = None,
     revision: str | None = None,
 ) -> "dict[str, Dataset]":
     """
@@ -81,9 +88,10 @@ def load_splits(
         dataset (`str`): Hub id (`locuslab/TOFU`) or folder in the hub's layout.
         forget_split (`str`, *optional*, defaults to `"forget10"`): The rows are those of `<forget_split>_perturbed`.
         limit (`int`, *optional*): Takes the first rows of each split only.
-        held_out_rows (`int`, *optional*, defaults to 0):
+        held_out_rows (`int`, *optional*):
             Where the dataset has no `held_out_perturbed`, as TOFU has none, so many rows at the end of
-            `retain_perturbed` become `held_out`. TOFU's own evaluation asks the first 300 of those 400 rows.
+            `retain_perturbed` become `held_out`: those that `recipes/tofu.py` keeps from unlearning. By default
+            [`HELD_OUT_ROWS`], if [`LEAST_RETAIN_ROWS`] remain, and else none.
         revision (`str`, *optional*): Of a dataset on the hub.
 
     Returns:
@@ -93,8 +101,10 @@ def load_splits(
         ValueError: If the dataset lacks a configuration or a split lacks a column.
     """
     from datasets import get_dataset_config_names
+    from transformers.utils import logging
 
-    if held_out_rows < 0:
+    logger = logging.get_logger(__name__)
+    if held_out_rows is not None and held_out_rows < 0:
         raise ValueError(f"`held_out_rows` must be at least 0, but it is {held_out_rows}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, but it is {limit}.")
@@ -110,8 +120,14 @@ def load_splits(
                 f"{', '.join(known)}. Name the rows to forget with `forget_split`."
             )
         splits[split] = load_split(dataset, config, revision=revision)
+    retain = splits["retain"]
+    if held_out_rows is None and "held_out" not in splits and len(retain) >= HELD_OUT_ROWS + LEAST_RETAIN_ROWS:
+        held_out_rows = HELD_OUT_ROWS
+        logger.warning_once(
+            f"The last {HELD_OUT_ROWS} rows of retain_perturbed are asked as held out, which unlearning must not have "
+            "seen: recipes/tofu.py keeps them from it. If it did see them, add --held_out_rows 0."
+        )
     if held_out_rows and "held_out" not in splits:
-        retain = splits["retain"]
         if held_out_rows >= len(retain):
             raise ValueError(f"`held_out_rows` must be less than {len(retain)}, all rows, but it is {held_out_rows}.")
         splits["held_out"] = retain.select(range(len(retain) - held_out_rows, len(retain)))

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..curvature import KroneckerCurvature, estimate_hessian, linear_layers, measure_matrices, update_shares
 from ..curvature.file import check_model, load_curvature, load_matrices, save_matrices
 from ..curvature.layers import LayerStatistics
+from ..curvature.measure import can_keep
 from ..engines import MOST_OVERFLOWS, KeptWithCheckpoint, check_estimator, find_soul, make_engine, save_checkpoint
 from ..optim import RULES
 from ..random_state import forked_rng
@@ -174,16 +175,20 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         return [rows[index] for index in chosen]
 
     def _estimate_once(self) -> None:
-        """The plain mean of estimates over one pass, or over two where matrices have curvature of their own; anew."""
-        size = self.settings.hessian_batch_size
+        """
+        The plain mean of estimates over one pass, or over two where matrices need other labels; anew. Where they do
+        not, an estimate has half as many rows, so that the mean is of as many squares.
+        """
+        keeps = self.settings.rule == "kronecker" and can_keep(self.settings.hessian_estimator)
+        size = -(-self.settings.hessian_batch_size // 2) if keeps else self.settings.hessian_batch_size
         rows = self._sample(draw=0, num_rows=self.settings.hessian_rows or len(self._all_rows()))
-        draws, args = itertools.count(), self.trainer.args
+        starts, args = range(0, len(rows), size), self.trainer.args
+        first_draws = itertools.count(0, 0 if keeps else len(starts))
 
         def estimate(statistics: LayerStatistics | None = None) -> None:
             is_quiet = args.disable_tqdm or not self.trainer.is_local_process_zero()
-            starts = range(0, len(rows), size)
-            for start in tqdm(starts, desc="Curvature", unit="estimate", leave=False, disable=is_quiet):
-                draw = next(draws)
+            bar = tqdm(starts, desc="Curvature", unit="estimate", leave=False, disable=is_quiet)
+            for draw, start in enumerate(bar, next(first_draws)):
                 self._estimate(draw, rows[start : start + size], draw / (draw + 1), statistics)
 
         if self.settings.rule != "kronecker":
@@ -191,7 +196,7 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
             return
         find_soul(self.trainer.optimizer).matrices = {}  # whose memory the new ones take
         layers = linear_layers(self.trainer.model)
-        matrices = measure_matrices(layers, estimate, self.engine, self.settings.curvature_rank)
+        matrices = measure_matrices(layers, estimate, self.engine, self.settings.curvature_rank, keeps=keeps)
         find_soul(self.trainer.optimizer).matrices = matrices
 
     def _read_curvature(self) -> None:
@@ -231,6 +236,7 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
     ) -> None:
         trainer = self.trainer
         items = [{half: self.sources[half][row]} for half, row in rows]
+        items.sort(key=lambda item: max(len(row["input_ids"]) for row in item.values()))  # for less padding
         batches = micro_batches(trainer, self.engine, items)
         trainer.model_wrapped.train()
         for _ in range(MOST_OVERFLOWS):

@@ -35,7 +35,7 @@ from ..settings import check_at_least, check_choice, setting
 from ..weights import weights_digest
 from .file import Curvature, save_curvature
 from .layers import Layer, linear_layers
-from .measure import MatrixPasses
+from .measure import MatrixPasses, can_keep
 from .resumable import Measurement, SummingEngine, load_progress, save_progress
 
 
@@ -71,7 +71,7 @@ class CurvatureArguments(ModelArguments):
     label_smoothing: float = setting(0.1, "Of empirical_fisher's labels, in [0, 1).")
     num_rows: int | None = setting(None, "So many rows, drawn by --seed, stand for all; by default all.")
     batch_size: int = setting(8, "Rows in a forward of one process, >= 1.")
-    estimate_size: int = setting(32, "Rows of one squared gradient of the diagonal, over all processes, >= 1.")
+    estimate_size: int = setting(16, "Rows of one squared gradient of the diagonal, over all processes, >= 1.")
     max_length: int | None = setting(None, "Longest row in tokens; by default the model's.")
     chunk_length: int | None = setting(
         None, f"Tokens of a chunk of plain text; by default {CHUNK_LENGTH}, or what the model takes."
@@ -162,7 +162,7 @@ def run(args: CurvatureArguments) -> CurvatureReport:
     metadata = _metadata(args, model, rows, num_tokens)
     batches = _batches(args, rows, UnlearnCollator.for_tokenizer(tokenizer), engine, model.device)
     num_estimates = -(-len(rows) // args.estimate_size)
-    passes = MatrixPasses(_groups(args, model), engine, args.rank)
+    passes = MatrixPasses(_groups(args, model), engine, args.rank, keeps=can_keep(args.estimator))
     options = {"estimator": args.estimator, "label_smoothing": args.label_smoothing, "seed": args.seed}
     measurement = Measurement(model, batches, num_estimates, passes, **options)
     if args.progress.exists():
@@ -186,7 +186,7 @@ def _processes(device: str | None) -> PartialState | None:
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             raise ValueError(f"Each process needs the whole model here: launch without {engine}, or use torchrun.")
-    return PartialState(cpu=device == "cpu")
+    return PartialState(cpu=(device or default_device()) == "cpu")
 
 
 def _tokenized(args: CurvatureArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -240,6 +240,7 @@ def _batches(
         """This process's rows of an estimate: maybe none, because no forward waits for another process."""
         places = range(estimate * args.estimate_size, min((estimate + 1) * args.estimate_size, len(rows)))
         own = [{"retain": rows[place]} for place in places[engine.process_index :: engine.num_processes]]
+        own.sort(key=lambda item: len(item["retain"]["input_ids"]))  # for less padding
         parts = [own[start : start + args.batch_size] for start in range(0, len(own), args.batch_size)]
         return [{key: value.to(device) for key, value in collate(part).items()} for part in parts]
 

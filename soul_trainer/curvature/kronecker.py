@@ -24,14 +24,18 @@ from torch import Tensor
 from .layers import Moments
 
 
-# Beyond this size a float64 decomposition on the CPU takes minutes, and a GPU's float32 is used where there is one.
-DOUBLE_SIZE = 2048
+# Up to this size the CPU decomposes sooner than a GPU; beyond it the CPU takes minutes.
+CPU_SIZE = 2048
 
 
 def eigenbasis(factor_sum: Tensor, count: Tensor | int, rank: int | None = None) -> Tensor:
     """
     The leading eigenvectors `(size, rank)` of a factor `(size, size)`, as columns, the largest eigenvalue first. The
     entry of largest magnitude of each is positive, so that the same factor gives the same basis.
+
+    It is decomposed in the factor's own precision: the error is then that of the sums themselves, rounding as a share
+    of the largest eigenvalue. Directions whose eigenvalues are closer than that are found up to a rotation among them,
+    and second moments are measured in whichever basis it is.
 
     Args:
         factor_sum (`torch.FloatTensor` of shape `(size, size)`): A sum of outer products.
@@ -44,12 +48,16 @@ def eigenbasis(factor_sum: Tensor, count: Tensor | int, rank: int | None = None)
     Raises:
         FloatingPointError: If the factor is not finite.
     """
-    on_gpu = factor_sum.is_cuda and len(factor_sum) > DOUBLE_SIZE
-    mean = factor_sum.float() if on_gpu else factor_sum.double().cpu()
+    mean = factor_sum if len(factor_sum) > CPU_SIZE else factor_sum.cpu()
     mean = mean / max(int(count), 1)
     if not mean.isfinite().all():
         raise FloatingPointError("A factor of the Kronecker curvature is not finite.")
-    vectors = torch.linalg.eigh((mean + mean.T) / 2).eigenvectors.flip(1)[:, :rank]
+    mean = (mean + mean.T) / 2
+    try:
+        vectors = torch.linalg.eigh(mean).eigenvectors
+    except torch.linalg.LinAlgError:  # it did not converge
+        vectors = torch.linalg.eigh(mean.double().cpu()).eigenvectors
+    vectors = vectors.flip(1)[:, :rank]
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return (vectors * signs).to(factor_sum).contiguous()
 

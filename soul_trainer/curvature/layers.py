@@ -11,18 +11,18 @@ They are sums and not means, so that micro-batches and processes add up, and a p
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .positions import Inputs, KeptPositions, Positions, add_gram
 
-# What a chunk of rows may hold at once, in numbers: 256 MB of float32.
-CHUNK_NUMBERS = 2**26
-# Of the largest gradient: what is smaller is none, but the rounding of a zero. A row's first token has such a gradient
-# in its query, as it attends to nothing but itself, and whether it is exactly zero depends on the batch.
-NO_GRADIENT = 1e-6
+
+# What a chunk of rows may hold at once, in numbers: 256 MB of float32; and what stays in a CPU's cache.
+CHUNK_NUMBERS, CACHE_NUMBERS = 2**26, 2**16
 # What wrappers of modules, which keep the parameters, put into the names.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -117,16 +117,27 @@ class Factors:
         self.count = torch.zeros((), dtype=torch.int64, device=like["device"])
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Adds inputs `(..., in)` and the gradients `(..., out)` of the summed loss in the outputs."""
-        inputs, gradients = inputs.flatten(0, -2), gradients.flatten(0, -2)
+        """Adds inputs `(rows, ..., in)` and the gradients `(rows, ..., out)` of the summed loss in the outputs."""
+        self.add_positions(Positions.used(inputs, gradients))
+
+    def add_positions(self, positions: Positions) -> None:
+        """Adds positions of this layer."""
+        gradients = positions.scaled_gradients(self.dtype)
         if not len(gradients):
             return
-        sizes = gradients.abs().amax(1)
-        is_used = ~(sizes <= NO_GRADIENT * sizes.max())  # what is not a number stays, and shows in the sums
-        inputs, gradients = inputs[is_used].to(self.dtype), gradients[is_used].to(self.dtype)
-        self.inputs.addmm_(inputs.T, inputs)
-        self.outputs.addmm_(gradients.T, gradients)
-        self.count += len(inputs)
+        is_reached = positions.is_reached()
+        if is_reached.all():
+            self.inputs += positions.inputs.gram(self.dtype)
+        else:
+            add_gram(self.inputs, positions.inputs.numbers[is_reached].to(self.dtype))
+            gradients = gradients[is_reached]
+        add_gram(self.outputs, gradients)
+        self.count += len(gradients)
+
+    def has_inputs_of(self, other: "Factors") -> bool:
+        """Whether the sums over inputs are the same, as those of layers that read the same tensor."""
+        left, right = ((each.inputs.shape, each.inputs.device, int(each.count)) for each in (self, other))
+        return left == right and torch.equal(self.inputs, other.inputs)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums themselves, by name."""
@@ -179,28 +190,53 @@ class Moments:
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Adds inputs `(rows, tokens, in)` or `(tokens, in)` and the gradients of the summed loss in the outputs."""
-        inputs, gradients = (
-            (part.unsqueeze(1) if part.ndim == 2 else part.flatten(1, -2)).to(self.dtype)
-            for part in (inputs, gradients)
-        )
-        # A zero gradient takes a position out by itself, but for an input that overflowed there.
-        inputs = inputs.masked_fill((gradients == 0).all(-1, keepdim=True), 0.0)
-        tokens = inputs.shape[1]
-        per_row = max(self.values.numel(), tokens**2) if tokens > 1 else max(inputs.shape[2], gradients.shape[2])
-        num_rows = max(1, CHUNK_NUMBERS // per_row)
-        for chunk in zip(inputs.split(num_rows), gradients.split(num_rows)):
-            self._add_rows(*chunk)
+        self.add_positions(Positions.used(inputs, gradients))
 
-    def _add_rows(self, inputs: Tensor, gradients: Tensor) -> None:
-        projected_inputs, projected_gradients = inputs @ self.input_vectors, gradients @ self.output_vectors
-        if inputs.shape[1] == 1:  # (g a^T)^2 = g^2 (a^2)^T, without a matrix a row
-            self.values.addmm_(projected_gradients.squeeze(1).square().T, projected_inputs.squeeze(1).square())
+    def add_positions(self, positions: Positions) -> None:
+        """Adds positions of this layer."""
+        gradients = positions.scaled_gradients(self.dtype)
+        if not len(gradients):
+            return
+        projected = positions.inputs.projected(self.input_vectors), gradients @ self.output_vectors
+        if positions.inputs.row_size == 1:
+            self._add_single(positions.inputs.numbers.to(self.dtype), gradients, *projected)
         else:
-            self.values += (projected_gradients.mT @ projected_inputs).square_().sum(0)
+            self._add_rows(positions, gradients, *projected)
+
+    def _add_single(self, inputs: Tensor, gradients: Tensor, kept_inputs: Tensor, kept_gradients: Tensor) -> None:
+        """Adds rows of one position, for which (g a^T)^2 = g^2 (a^2)^T needs no matrix a row."""
+        input_norms, gradient_norms = inputs.square().sum(1), gradients.square().sum(1)
+        input_squares, gradient_squares = kept_inputs.square(), kept_gradients.square()
+        self.values.addmm_(gradient_squares.T, input_squares)
+        self.output_totals += input_norms @ gradient_squares
+        self.input_totals += gradient_norms @ input_squares
+        self.total += input_norms @ gradient_norms
+
+    def _add_rows(self, positions: Positions, gradients: Tensor, kept_inputs: Tensor, kept_gradients: Tensor) -> None:
+        inputs, squares = positions.inputs.numbers.to(self.dtype), torch.zeros_like(self.values)
+        is_whole = all(len(vectors) == vectors.shape[1] for vectors in (self.input_vectors, self.output_vectors))
+        limit = CACHE_NUMBERS if squares.device.type == "cpu" else CHUNK_NUMBERS
+        size = max(1, limit // max(squares.numel(), positions.inputs.row_size**2))
+        for rows in positions.row_groups(size):
+            row_inputs, row_gradients = rows.padded(kept_inputs), rows.padded(kept_gradients)
+            products = row_gradients.mT @ row_inputs
+            if len(products) == 1:
+                squares.addcmul_(products[0], products[0])
+            else:
+                squares += products.square_().sum(0)
+            if not is_whole:
+                self._add_totals(rows.padded(inputs), rows.padded(gradients), row_inputs, row_gradients)
+        self.values += squares
+        if is_whole:  # the squares of all pairs of directions are all that there is
+            self.output_totals += squares.sum(1)
+            self.input_totals += squares.sum(0)
+            self.total += squares.sum()
+
+    def _add_totals(self, inputs: Tensor, gradients: Tensor, kept_inputs: Tensor, kept_gradients: Tensor) -> None:
         # ||W^T u||^2 = (G u)^T (A A^T) (G u) needs products of tokens with tokens, and no W.
         input_gram, output_gram = inputs @ inputs.mT, gradients @ gradients.mT
-        self.output_totals += (projected_gradients * (input_gram @ projected_gradients)).sum((0, 1))
-        self.input_totals += (projected_inputs * (output_gram @ projected_inputs)).sum((0, 1))
+        self.output_totals += (kept_gradients * (input_gram @ kept_gradients)).sum((0, 1))
+        self.input_totals += (kept_inputs * (output_gram @ kept_inputs)).sum((0, 1))
         self.total += (input_gram * output_gram).sum()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -238,6 +274,9 @@ class LayerStatistics:
     def __init__(self, layers: dict[str, Layer], accumulators: Mapping[str, Factors | Moments]):
         self.accumulators = dict(accumulators)
         self.gradient_scale, self.num_tokens = 1.0, 0
+        self._kept: KeptPositions | None = None
+        # Of the last layer: the tensor that it read, and the positions of it that count.
+        self._last: tuple[Tensor, Inputs] | None = None
         self._modules = {name: layers[name].modules for name in self.accumulators}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -250,6 +289,7 @@ class LayerStatistics:
     def __exit__(self, *exception) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._use(None, None)
 
     def _observe(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         if not output.requires_grad:  # nothing trains, or it is the first forward of reentrant checkpointing
@@ -257,12 +297,47 @@ class LayerStatistics:
         inputs = args[0] if args else next(iter(kwargs.values()))
         return _Observed.apply(output, inputs.detach(), partial(self._add, name))
 
+    @contextmanager
+    def keeping(self, limit: int) -> Iterator[KeptPositions]:
+        """
+        A context in which positions are not only added up but kept, for [`~LayerStatistics.add_kept`].
+
+        Args:
+            limit (`int`): Bytes that they may take; see [`~positions.KeptPositions`].
+        """
+        before, self._kept = self.num_tokens, KeptPositions(limit)
+        try:
+            yield self._kept
+            self._kept.num_tokens = self.num_tokens - before
+        finally:
+            self._kept = None
+
+    @torch.no_grad()
+    def add_kept(self, kept: KeptPositions) -> None:
+        """Adds positions that were kept in another pass, as if the model had run again: with the same bits."""
+        for name, positions in kept.positions:
+            self._use(None, positions.inputs)
+            self.accumulators[name].add_positions(positions)
+        self._use(None, None)
+        self.num_tokens += kept.num_tokens
+
     @torch.no_grad()
     def _add(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
-        accumulator = self.accumulators[name]
-        gradients = gradients.to(accumulator.dtype) * self.gradient_scale
+        inputs, gradients = torch.atleast_2d(inputs), torch.atleast_2d(gradients)
+        tensor, others = self._last or (None, None)
+        is_same = tensor is not None and _place(tensor) == _place(inputs)
         with torch.autocast(inputs.device.type, enabled=False):
-            accumulator.add(torch.atleast_2d(inputs), torch.atleast_2d(gradients))
+            positions = Positions.used(inputs, gradients, self.gradient_scale, others if is_same else None)
+            self._use(inputs, positions.inputs)
+            self.accumulators[name].add_positions(positions)
+        if self._kept is not None:
+            self._kept.add(name, positions)
+
+    def _use(self, tensor: Tensor | None, inputs: Inputs | None) -> None:
+        """Lets go of what was made of the inputs of the layer before, unless this one has the same."""
+        if self._last is not None and self._last[1] is not inputs:
+            self._last[1].forget()
+        self._last = None if inputs is None else (tensor, inputs)
 
     def tensors(self) -> Iterator[Tensor]:
         """All sums, in the same order on every process, to be added up in place over processes."""
@@ -301,3 +376,8 @@ class _Observed(torch.autograd.Function):
     def backward(ctx, gradients):
         ctx.add(*ctx.saved_tensors, gradients)
         return gradients, None, None
+
+
+def _place(tensor: Tensor) -> tuple:
+    """The same for tensors that are one in memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

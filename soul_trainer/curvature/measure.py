@@ -1,9 +1,13 @@
 """
 Two passes over the same rows that give Kronecker curvature: first the bases, then the second moments in them. A large
 model's matrices go in several groups, two passes each, so that the sums of one group at a time are in memory.
+
+A pass over rows is a forward and a backward of the model. What the first one of a group saw of its layers can be kept
+for the second, which then needs no model: [`can_keep`] says of which labels.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +15,18 @@ from torch import Tensor
 from ..engines import Engine
 from .kronecker import KroneckerCurvature, eigenbasis, truncation_error
 from .layers import Factors, Layer, LayerStatistics, Moments
+from .positions import KEPT_BYTES, KeptPositions
+
+
+def can_keep(estimator: str) -> bool:
+    """
+    Whether the second moments may be of the gradients that the bases are of, or need gradients of other labels.
+
+    With true labels, gradients under other signs look alike, and the second moments have the same error. Sampled
+    labels are rarely surprising: the few that are would be leading directions, in which their own squares are more
+    than twice the expectation.
+    """
+    return estimator == "empirical_fisher"
 
 
 class MatrixPasses:
@@ -24,6 +40,10 @@ class MatrixPasses:
         engine ([`~engines.Engine`], *optional*): From [`~engines.make_engine`]; by default one plain process.
         rank (`int`, *optional*): Eigenvectors that are kept of each factor, >= 1; by default all.
         device (`torch.device`, *optional*): Where sums and bases are; by default beside each weight.
+        keeps (`bool`, *optional*, defaults to `False`):
+            Whether the second pass of a group is over the same gradients as the first, see [`can_keep`]. What the
+            first one saw is then kept for it, as far as it fits, and the model need not run again.
+        limit (`int`, *optional*): Bytes that it may take on each process, >= 0; by default 1 GiB.
 
     Attributes:
         number (`int`): The passes that are done.
@@ -34,8 +54,7 @@ class MatrixPasses:
 
         >>> passes = MatrixPasses([linear_layers(model)])
         >>> while not passes.are_done:
-        ...     with passes.statistics as statistics:
-        ...         ...  # estimates over all rows
+        ...     passes.estimate(0, lambda statistics: ...)  # backwards over all rows, in one estimate or several
         ...     passes.finish_pass()
         >>> passes.matrices
     """
@@ -46,8 +65,12 @@ class MatrixPasses:
         engine: Engine | None = None,
         rank: int | None = None,
         device: torch.device | None = None,
+        keeps: bool = False,
+        limit: int | None = None,
     ):
         self.groups, self.engine, self.rank, self.device = groups, engine or Engine(), rank, device
+        self.keeps, self.limit = keeps, KEPT_BYTES if limit is None else limit
+        self._kept: dict[int, KeptPositions] = {}
         self.matrices: dict[str, KroneckerCurvature] = {}
         self.errors: dict[str, float] = {}
         self.number = 0
@@ -68,6 +91,28 @@ class MatrixPasses:
         """The layers of the pass at hand."""
         return self.groups[self.number // 2] if self.groups and not self.are_done else {}
 
+    def estimate(self, number: int, run: Callable[[LayerStatistics], None]) -> None:
+        """
+        Adds an estimate to the pass at hand. Every process must call it.
+
+        Args:
+            number (`int`): Of the estimate, the same for the same rows in both passes of a group.
+            run (`Callable`):
+                Makes the estimate with the statistics it is given (see [`estimate_hessian`]). In the second pass it
+                is called for what was not kept alone; with `keeps`, it must draw the same labels again.
+        """
+        kept = self._kept.pop(number, None)
+        if kept is not None:
+            self.statistics.add_kept(kept)
+            return
+        is_kept = self.keeps and self.groups and self.number % 2 == 0
+        left = self.limit - sum(other.num_bytes for other in self._kept.values())
+        with self.statistics as statistics, statistics.keeping(left) if is_kept else nullcontext() as kept:
+            run(statistics)
+        # A process that lacks it cannot run the model alone: others may have a part of the model, or wait in a sum.
+        if is_kept and not self.engine.gather([] if kept.fits else [number]):
+            self._kept[number] = kept
+
     def finish_pass(self) -> None:
         """Adds up over processes, makes bases or matrices of the sums, and gets ready for the next pass."""
         for tensor in self.statistics.tensors():
@@ -77,16 +122,23 @@ class MatrixPasses:
             for name, moments in sums.items():
                 self.matrices[name] = KroneckerCurvature.from_moments(moments, self.statistics.num_tokens)
         elif self.groups:
+            last = None
             for name in list(sums):
-                next_sums[name] = self._moments(name, sums.pop(name))  # the factors' memory is free then
+                factors = sums.pop(name)  # whose memory is free when the next layer's bases are there
+                next_sums[name] = self._moments(name, factors, last)
+                last = factors, next_sums[name]
         self.number += 1
         self.statistics = LayerStatistics(self.group, next_sums or self._factors())
 
     def _factors(self) -> dict[str, Factors]:
         return {name: Factors(layer, self.device) for name, layer in self.group.items()}
 
-    def _moments(self, name: str, factors: Factors) -> Moments:
-        bases = [eigenbasis(factor, factors.count, self.rank) for factor in (factors.inputs, factors.outputs)]
+    def _moments(self, name: str, factors: Factors, last: tuple[Factors, Moments] | None) -> Moments:
+        if last is not None and factors.has_inputs_of(last[0]):
+            input_vectors = last[1].input_vectors
+        else:
+            input_vectors = eigenbasis(factors.inputs, factors.count, self.rank)
+        bases = input_vectors, eigenbasis(factors.outputs, factors.count, self.rank)
         is_cut = any(vectors.shape[0] > vectors.shape[1] for vectors in bases)
         self.errors[name] = truncation_error(factors.inputs, factors.outputs, *bases) if is_cut else 0.0
         return Moments(self.group[name], *bases)
@@ -122,7 +174,7 @@ class MatrixPasses:
             matrices (`dict[str, KroneckerCurvature]`): Those that were done.
             errors (`dict[str, float]`): Likewise.
         """
-        self.number, self.matrices, self.errors = number, dict(matrices), dict(errors)
+        self.number, self.matrices, self.errors, self._kept = number, dict(matrices), dict(errors), {}
         accumulators: dict = {} if number % 2 else self._factors()
         if number % 2:
             for name, layer in self.group.items():
@@ -141,6 +193,7 @@ def measure_matrices(
     engine: Engine | None = None,
     rank: int | None = None,
     device: torch.device | None = None,
+    keeps: bool = False,
 ) -> dict[str, KroneckerCurvature]:
     """
     The Kronecker curvature of linear layers, without a stop.
@@ -149,17 +202,17 @@ def measure_matrices(
         layers (`dict[str, Layer]`): From [`~layers.linear_layers`].
         estimate (`Callable`):
             Makes one or more estimates over all rows with the statistics it is given (see [`estimate_hessian`]). It is
-            called twice, and has to draw the same labels or others, as it likes.
+            called twice or, with `keeps`, as often as it must be: it has to draw the same labels then, else others.
         engine ([`~engines.Engine`], *optional*): From [`~engines.make_engine`]; by default one plain process.
         rank (`int`, *optional*): Eigenvectors that are kept of each factor, >= 1; by default all.
         device (`torch.device`, *optional*): Where sums and bases are; by default beside each weight.
+        keeps (`bool`, *optional*, defaults to `False`): See [`MatrixPasses`].
 
     Returns:
         `dict[str, KroneckerCurvature]`: The same on every process.
     """
-    passes = MatrixPasses([layers], engine, rank, device)
+    passes = MatrixPasses([layers], engine, rank, device, keeps)
     while not passes.are_done:
-        with passes.statistics as statistics:
-            estimate(statistics)
+        passes.estimate(0, estimate)
         passes.finish_pass()
     return passes.matrices

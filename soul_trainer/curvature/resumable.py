@@ -13,6 +13,7 @@ from ..optim import Soul
 from .estimators import estimate_hessian
 from .file import PROGRESS, Curvature, from_tensors, read_tensors, to_tensors, write_tensors
 from .kronecker import KroneckerCurvature
+from .layers import LayerStatistics
 from .measure import MatrixPasses
 
 
@@ -71,8 +72,8 @@ class SummingEngine(Engine):
 
 class Measurement:
     """
-    Estimates over all rows, pass by pass. The diagonal is the mean of the estimates of the first group's passes, so
-    that it does not depend on how many groups there are.
+    Estimates over all rows, pass by pass. The diagonal is the mean of those of the first group whose labels differ:
+    of both its passes or, where the second one repeats the labels of the first, of one.
 
     Args:
         model (`torch.nn.Module`): Unwrapped, without dropout; what does not train is not measured.
@@ -120,9 +121,9 @@ class Measurement:
         """
         passes = self.passes
         while not passes.are_done:
-            with self._gradients_needed(), passes.statistics:
+            with self._gradients_needed():
                 while self.position < self.num_estimates:
-                    self._estimate()
+                    passes.estimate(self.position, self._estimate)
                     self.position += 1
                     after_estimate()
             passes.finish_pass()
@@ -130,12 +131,12 @@ class Measurement:
             self.position = 0
             after_pass()
 
-    def _estimate(self) -> None:
-        passes = self.passes
-        draw = passes.number % 2 * self.num_estimates + self.position
-        passes.engine.folds = passes.number < 2
+    def _estimate(self, statistics: LayerStatistics) -> None:
+        passes, number = self.passes, self.passes.number
+        draw = self.position if passes.keeps else number % 2 * self.num_estimates + self.position
+        passes.engine.folds = number == 0 if passes.keeps else number < 2
         batches, decay = self.batches(self.position), draw / (draw + 1)
-        options = {**self.settings, "draw": draw, "engine": passes.engine, "statistics": passes.statistics}
+        options = {**self.settings, "draw": draw, "engine": passes.engine, "statistics": statistics}
         estimate_hessian(self.model, self.soul, batches, decay=decay, **options)
 
     @contextmanager
