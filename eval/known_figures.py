@@ -175,7 +175,7 @@ COLUMNS = (
     ),
     _keep(
         *("world_facts_probability", "world", "facts", "higher"),
-        "The same for facts about the world, further from what was forgotten. A chat model may be below 0.25 here too.",
+        "The same for facts about the world, further from what was forgotten. Chat models may be below 0.25 here too.",
         "gives the true one of four options a probability of {}",
         is_main=True,
     ),

@@ -60,7 +60,7 @@ def on_cpu(path: Path, folder: Path) -> Path:
 
 
 def dataclasses_of(path: Path) -> list[type]:
-    """The dataclasses whose fields are a file's keys: for defaults and small models also those of the task's recipe."""
+    """The dataclasses whose fields are a file's keys: for defaults and small models those of the recipe too."""
     is_small = path.parent.name == "small"
     if not is_small and path.name != DEFAULTS_FILE:
         return [UnlearnConfig]

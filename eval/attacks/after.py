@@ -29,7 +29,7 @@ def check_attacks(names: list[str]) -> None:
     """
     if unknown := [name for name in names if name not in ATTACKS]:
         raise ValueError(
-            f"`attacks` has {unknown[0]!r}: choose some of {', '.join(ATTACKS)}. The command `attack` has more of them."
+            f"`attacks` has {unknown[0]!r}: choose some of {', '.join(ATTACKS)}. The command `attack` has more."
         )
 
 
