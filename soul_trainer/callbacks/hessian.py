@@ -175,12 +175,8 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         return [rows[index] for index in chosen]
 
     def _estimate_once(self) -> None:
-        """
-        The plain mean of estimates over one pass, or over two where matrices need other labels; anew. Where they do
-        not, an estimate has half as many rows, so that the mean is of as many squares.
-        """
-        keeps = self.settings.rule == "kronecker" and can_keep(self.settings.hessian_estimator)
-        size = -(-self.settings.hessian_batch_size // 2) if keeps else self.settings.hessian_batch_size
+        """The plain mean of estimates over one pass, or over two where matrices need other labels; anew."""
+        size, keeps = self.settings.hessian_batch_size, can_keep(self.settings.hessian_estimator)
         rows = self._sample(draw=0, num_rows=self.settings.hessian_rows or len(self._all_rows()))
         starts, args = range(0, len(rows), size), self.trainer.args
         first_draws = itertools.count(0, 0 if keeps else len(starts))

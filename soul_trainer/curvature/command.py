@@ -71,7 +71,7 @@ class CurvatureArguments(ModelArguments):
     label_smoothing: float = setting(0.1, "Of empirical_fisher's labels, in [0, 1).")
     num_rows: int | None = setting(None, "So many rows, drawn by --seed, stand for all; by default all.")
     batch_size: int = setting(8, "Rows in a forward of one process, >= 1.")
-    estimate_size: int = setting(16, "Rows of one squared gradient of the diagonal, over all processes, >= 1.")
+    estimate_size: int = setting(32, "Rows of one squared gradient of the diagonal, over all processes, >= 1.")
     max_length: int | None = setting(None, "Longest row in tokens; by default the model's.")
     chunk_length: int | None = setting(
         None, f"Tokens of a chunk of plain text; by default {CHUNK_LENGTH}, or what the model takes."
