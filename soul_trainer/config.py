@@ -52,9 +52,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         None,
         f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width in two directions "
         f"({STEP_BY_WIDTH['none']} without curvature), {TRUST_REGION_STEP} in a trust region, and "
-        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA it is {ADAPTER_STEPS} times as much, "
-        f"but in a trust region; in two directions that is for {ADAPTERS_PER_LAYER} adapters a layer, and more of them get "
-        "get less, by the root of their number.",
+        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA it is {ADAPTER_STEPS} times as "
+        "much, but not in a trust region. In two directions that is for "
+        f"{ADAPTERS_PER_LAYER} adapters a layer; with more of them it is lower, by the root of their number.",
     )
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
