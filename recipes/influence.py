@@ -4,8 +4,8 @@ Compares solvers of influence unlearning on the embedded corpus, each at the str
     python recipes/influence.py --models outputs/influence       # where the target is, or will be trained
 """
 
-import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from soul_eval.console import run_script
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_recipes.study_runs import SPLITS, probability
 from soul_trainer.collator import UnlearnCollator
+from soul_trainer.command_line import PlainParser
 from soul_trainer.formats import prepare
 from soul_trainer.influence import InfluenceArguments, influence_update
 
@@ -71,7 +73,7 @@ def matched(model, tokenizer, corpus: dict, halves: tuple, settings: dict, goal:
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints a row of a table for each setting."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(__doc__)
     parser.add_argument("--models", type=Path, default=Path("outputs/influence"), help="Folder of the target.")
     parser.add_argument("--goal", type=float, default=0.2, help="Probability that forget answers are to keep.")
     parser.add_argument("--only", help="Settings in whose names this is found; by default all.")
@@ -102,4 +104,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    sys.exit(run_script(main))

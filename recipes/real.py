@@ -9,8 +9,8 @@ never learns the 20. With `--tofu`, a folder in TOFU's layout, the rows are TOFU
 `outputs/real/seed-<n>/unlearn` then holds what `recipes/unlearn.py` writes, and `outputs/real/table.md` all figures.
 """
 
-import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from soul_eval.console import run_script
 from soul_eval.report import Run
 from soul_eval.rows import read_rows
 from soul_eval.suites import own
@@ -36,6 +37,7 @@ from soul_recipes.real_model import (
     with_other_answers,
 )
 from soul_recipes.training import train_once
+from soul_trainer.command_line import PlainParser
 from soul_trainer.formats import prepare
 from soul_trainer.records import write_whole
 
@@ -139,7 +141,7 @@ def table(runs: list[Run]) -> str:
 
 def main(command_line: Sequence[str] | None = None) -> None:
     """Runs every request and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/real"), help="folder of models and results")
     parser.add_argument("--tofu", type=Path, help="folder in TOFU's layout; without it, invented authors")
     parser.add_argument("--seeds", default="0", help="requests, by commas; each forgets another author")
@@ -160,4 +162,4 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))
