@@ -33,6 +33,8 @@ class EvalCallback(TrainerCallback):
         limit (`int`, *optional*): Asks the first rows of each split only.
         name (`str`, *optional*): Of this subset in the log; by default the suite's.
         batch_size (`int` or `str`, *optional*, defaults to `"auto"`): Tokens in a batch, padding included.
+        first_rows (`list[dict]`, *optional*): What the model says of the rows before it trains, if that is known
+            already. It is not asked at step 0 then.
         **settings: Fields of the suite's arguments: `dataset`, `forget_split`, `generate`, ...
 
     Attributes:
@@ -54,6 +56,7 @@ class EvalCallback(TrainerCallback):
         limit: int | None = None,
         name: str | None = None,
         batch_size: int | str = "auto",
+        first_rows: list[dict] | None = None,
         **settings: object,
     ):
         if suite not in SUITES:
@@ -71,6 +74,7 @@ class EvalCallback(TrainerCallback):
             asked = {(row["split"], row["index"]) for row in self._asked}
             self.reference_rows = [row for row in reference_rows if (row["split"], row["index"]) in asked]
             self.suite.check_reference(self._asked, self.reference_rows)
+        self.first_rows = first_rows
         self.step: int | None = None
         self._logged: dict[str, float] = {}
         self.first_step = 0
@@ -93,9 +97,11 @@ class EvalCallback(TrainerCallback):
         if self.step == state.global_step:
             metrics.update(self._logged)
             return
-        self._logged = logged = {
-            f"eval_{self.name}_{key}": value for key, value in values(self.ask(kwargs["model"])).items()
-        }
+        if state.global_step == 0 and self.first_rows is not None:
+            figures = self._figures_of(self.first_rows)
+        else:
+            figures = self.ask(kwargs["model"])
+        self._logged = logged = {f"eval_{self.name}_{key}": value for key, value in values(figures).items()}
         metrics.update(logged)
         self.trainer.log(logged)
 
@@ -113,7 +119,7 @@ class EvalCallback(TrainerCallback):
         engine = make_engine(self.trainer.accelerator, model)
         template = getattr(self.trainer.args, "prompt_template", None)
         with _same_random_state(), engine.autocast():
-            self.rows = ask(
+            rows = ask(
                 model,
                 self.trainer.processing_class,
                 self._asked,
@@ -126,11 +132,14 @@ class EvalCallback(TrainerCallback):
             )
         engine.forget_gathered(model)
         if self.suite.judge:
-            self.suite.judge(self.rows, self.arguments)
-        figures = self.suite.summarise(self.rows, self.reference_rows)
-        self.step = self.trainer.state.global_step
+            self.suite.judge(rows, self.arguments)
+        figures = self._figures_of(rows)
         self.seconds += time.perf_counter() - start
         return figures
+
+    def _figures_of(self, rows: list[dict]) -> dict[str, Figure]:
+        self.rows, self.step = rows, self.trainer.state.global_step
+        return self.suite.summarise(rows, self.reference_rows)
 
 
 @contextmanager

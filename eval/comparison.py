@@ -278,7 +278,10 @@ class Comparison:
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(num_batches / args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_on_start = IntervalStrategy.STEPS, True
         args.eval_steps = max(1, math.ceil(num_steps / num_evaluations))
-        curve = EvalCallback(trainer, self.suite.name, rows, self.gold_rows, **self.asked)
+        # The target was asked in the precision of training. Below an adapter it may be quantized, and differ.
+        is_asked = identity["target"] == self.target and "lora_rank" not in self.settings
+        first_rows = self.references_on(rows)["target"].rows if is_asked else None
+        curve = EvalCallback(trainer, self.suite.name, rows, self.gold_rows, first_rows=first_rows, **self.asked)
         trainer.add_callback(curve)
         output = trainer.train(resume_from_checkpoint=_checkpoint(args))
         num_seconds = output.metrics["train_runtime"] - curve.seconds

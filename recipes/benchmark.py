@@ -1,7 +1,7 @@
 """
 Measures what a run costs.
 
-    python recipes/benchmark.py step                              # CPU seconds a step, by optimizer: step_benchmark.py
+    python recipes/benchmark.py step                              # CPU seconds: step_benchmark.py
     python recipes/benchmark.py eval --dataset DIR --model DIR      # the speed of evaluation: evaluation_speed.py
     python recipes/benchmark.py memory                              # of every forget loss: memory_benchmark.py
 """

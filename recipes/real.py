@@ -6,7 +6,8 @@ A real pretrained model forgets an author, with AdamW and with SOUL, each by its
 
 The model first learns 52 rows: an author's 20 to forget, 24 to retain and 8 that unlearning never sees. A gold model
 never learns the 20. With `--tofu`, a folder in TOFU's layout, the rows are TOFU's, otherwise invented authors'.
-`outputs/real/seed-<n>/unlearn` then holds what `recipes/unlearn.py` writes, and `outputs/real/table.md` all figures.
+`outputs/real/seed-<n>/unlearn` then holds what `recipes/unlearn.py` writes, `outputs/real/table.md` all figures, and
+`outputs/real/real.png` the course of each run.
 """
 
 import json
@@ -17,10 +18,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from soul_eval.console import run_script
 from soul_eval.report import Run
 from soul_eval.rows import read_rows
+from soul_eval.study import records
+from soul_eval.study.drawing import draw_curves
 from soul_eval.suites import own
 from soul_recipes import unlearn
 from soul_recipes.fictitious_authors import make_corpus
@@ -30,8 +34,7 @@ from soul_recipes.real_model import (
     RETAIN_AUTHORS,
     ROWS_OF_OTHERS,
     ROWS_PER_AUTHOR,
-    convert_minilm,
-    convert_smollm2,
+    convert,
     general_text,
     request_rows,
     with_other_answers,
@@ -139,6 +142,23 @@ def table(runs: list[Run]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def course(folder: Path, optimizer: str, seed: int) -> records.Run:
+    """
+    The looks at a model in the course of a finished run, which is what a study keeps of its runs.
+
+    Args:
+        folder (`Path`): Of the run's model.
+        optimizer (`str`): The run's.
+        seed (`int`): The request's.
+    """
+    history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+    names = {"forget": "until/forget_probability", "held_out": "until/kept_probability"}
+    looks = [entry for entry in history if all(name in entry for name in names.values())]
+    curve = [{"step": look["step"], **{key: look[name] for key, name in names.items()}} for look in looks]
+    place = {"task": "SmolLM2-135M-Instruct, by defaults", "objective": f"request {seed}"}
+    return records.Run(**place, family=optimizer, setting={}, seed=seed, stage="final", target=curve[0], curve=curve)
+
+
 def main(command_line: Sequence[str] | None = None) -> None:
     """Runs every request and writes the table."""
     parser = PlainParser(__doc__)
@@ -146,18 +166,19 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--tofu", type=Path, help="folder in TOFU's layout; without it, invented authors")
     parser.add_argument("--seeds", default="0", help="requests, by commas; each forgets another author")
     args = parser.parse_args(command_line)
-    base = convert_smollm2(args.output_dir / "SmolLM2-135M-Instruct")
-    minilm = convert_minilm(args.output_dir / "all-MiniLM-L6-v2")
-    tables, figures = [], {}
+    base, minilm = convert(args.output_dir)
+    tables, figures, courses = [], {}, []
     for seed in map(int, args.seeds.split(",")):
         rows = small_request(seed) if args.tofu is None else request_rows(args.tofu, seed)
         if args.tofu is not None:
             rows = with_other_answers(rows, args.tofu)
         runs = forget_request(base, minilm, rows, args.output_dir / f"seed-{seed}", seed)
         tables.append(f"Request {seed}\n\n{table(runs)}\n")
+        courses += [course(args.output_dir / f"seed-{seed}/unlearn/{name}", name, seed) for name in OPTIMIZERS]
         figures[seed] = {run.name: {name: figure.to_json() for name, figure in run.summary.items()} for run in runs}
     write_whole(args.output_dir / "table.md", "\n".join(tables))
     write_whole(args.output_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
+    draw_curves(courses, args.output_dir / "real.png", OPTIMIZERS)
     print("\n".join(tables))
 
 

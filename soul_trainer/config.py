@@ -22,9 +22,9 @@ PUBLISHED_LEARNING_RATE = 1e-5
 # directions in which a step goes furthest, so that steps are longer with it.
 STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
 TRUST_REGION_STEP = 3e-4
-# Adapters begin at nothing and are of low rank: they need so much longer steps. In two directions each matrix takes a
-# step of one length, so that adapters on more matrices than queries and values go further together: docs/methods.md.
-ADAPTER_STEPS, ADAPTERS_PER_LAYER = 10, 2
+# Adapters begin at nothing, and are of low rank. AdamW is as fast with ten times the rate, as is common practice; in
+# two directions, adapters on queries and values get below 0.2 in 60 steps with twelve times: docs/methods.md.
+LORA_LEARNING_RATE, LORA_STEPS = 1e-4, 12
 # With Kronecker curvature, a whole step of the retain direction costs more of what is held out than it keeps. With the
 # others, less than a whole step keeps less: docs/study.md.
 RETAIN_STEP = {"none": 1.0, "diagonal": 1.0, "kronecker": 0.7, "sophia": 1.0}
@@ -52,9 +52,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         None,
         f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width in two directions "
         f"({STEP_BY_WIDTH['none']} without curvature), {TRUST_REGION_STEP} in a trust region, and "
-        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA it is {ADAPTER_STEPS} times as "
-        "much, but not in a trust region. In two directions that is for "
-        f"{ADAPTERS_PER_LAYER} adapters a layer; with more of them it is lower, by the root of their number.",
+        f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA, {LORA_STEPS} times as much in two "
+        "directions (for q_proj and v_proj with lora_alpha=32; less for more adapters and for a larger alpha), and "
+        f"{LORA_LEARNING_RATE} for any other optimizer or rule.",
     )
     num_train_epochs: float = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
@@ -129,15 +129,19 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             defaults["scaling"] = "trust_region"
         return defaults
 
-    def fill_rule(self, num_numbers: int, shards: bool) -> None:
+    def fill_rule(self, num_numbers: int, shards: bool, has_lora: bool = False) -> None:
         """
         Sets `rule`, if it is open, where Kronecker curvature would not do.
 
         Args:
             num_numbers (`int`): That it would keep; see [`~curvature.num_kronecker_numbers`].
             shards (`bool`): Whether the engine shards the model, and so each process would keep them whole.
+            has_lora (`bool`, *optional*, defaults to `False`):
+                Whether LoRA adapters train. Before the first step, one of their two matrices has no gradient, and so
+                no curvature. In two directions, a diagonal keeps more there.
         """
         fits = not shards and not self.fp16 and num_numbers <= KRONECKER_NUMBERS
+        fits = fits and not (has_lora and self.resolved().two_directions)
         if self.rule is None and self.default_rule == "kronecker" and not fits:
             self.rule = "diagonal"
 
@@ -148,13 +152,13 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             has_directions = self.optim in SOUL_NAMES and settings.two_directions
             self.retain_weight = RETAIN_STEP[settings.rule] if has_directions else 1.0
 
-    def fill_learning_rate(self, width: int | None, adapters_per_layer: float | None = None) -> None:
+    def fill_learning_rate(self, width: int | None, adapter_reach: float | None = None) -> None:
         """
         Sets `learning_rate`, if it is open.
 
         Args:
             width (`int`, *optional*): The model's `hidden_size`, which may be unknown where it is not needed.
-            adapters_per_layer (`float`, *optional*): Matrices of a layer that have a LoRA adapter; none without LoRA.
+            adapter_reach (`float`, *optional*): With LoRA: see [`~lora.adapter_reach`].
         """
         if self.learning_rate is not None:
             return
@@ -164,13 +168,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             raise ValueError(
                 "`learning_rate` is open, and the model's configuration has no `hidden_size` for it to fit: set it."
             )
-        longer = together = 1.0
-        if adapters_per_layer is not None:
-            longer, together = ADAPTER_STEPS, (ADAPTERS_PER_LAYER / adapters_per_layer) ** 0.5
+        longer = LORA_STEPS / adapter_reach if adapter_reach else 1
         self.learning_rate = {
-            "tensor": longer * together * STEP_BY_WIDTH[settings.rule] / (width or 1),
+            "tensor": longer * STEP_BY_WIDTH[settings.rule] / (width or 1),
             "trust_region": TRUST_REGION_STEP,
-            "none": longer * PUBLISHED_LEARNING_RATE,
+            "none": LORA_LEARNING_RATE if adapter_reach else PUBLISHED_LEARNING_RATE,
         }[scaling]
 
     def __post_init__(self):

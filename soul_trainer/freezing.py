@@ -10,23 +10,6 @@ import torch
 _LISTED = 5
 
 
-def adapters_per_layer(model: torch.nn.Module) -> float | None:
-    """
-    The number of matrices in a layer that have a LoRA adapter which trains, on average.
-
-    Args:
-        model (`torch.nn.Module`): The unwrapped model.
-
-    Returns:
-        `float`: `None` if there is no such adapter, or the number of layers is unknown.
-    """
-    number = sum(".lora_A." in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    if not number:
-        return None
-    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return number / num_layers if num_layers else None
-
-
 def freeze_parameters(
     model: torch.nn.Module, trainable: str | Sequence[str] | None = None, frozen: str | Sequence[str] | None = None
 ) -> list[str]:

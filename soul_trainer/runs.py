@@ -11,7 +11,8 @@ from transformers.utils import logging
 from . import engines
 from .callbacks import callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
-from .freezing import adapters_per_layer, freeze_parameters
+from .freezing import freeze_parameters
+from .lora import adapter_reach
 from .objectives import parameters_of_layers
 from .precision import choose_precision
 from .records import Provenance, complete_model_card, make_way, read_model_card, record_run
@@ -94,12 +95,13 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
     def fill_settings(self) -> None:
         """Gives the settings that are open the values that fit the model and its engine."""
         self.open_settings |= {name for name in OPEN_SETTINGS if getattr(self.args, name) is None}
+        reach = adapter_reach(self.model)
         if self.args.rule is None:
             layers = linear_layers(self.model)
-            self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards)
+            self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards, reach is not None)
         self.args.fill_retain_weight()
         width = getattr(self.model.config.get_text_config(), "hidden_size", None)
-        self.args.fill_learning_rate(width, adapters_per_layer(self.model))
+        self.args.fill_learning_rate(width, reach)
 
     def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:
         """As [`~transformers.Trainer`]'s; what was open is open in each trial that does not draw it."""

@@ -25,7 +25,7 @@ from soul_trainer import Soul
 
 
 SETTINGS = {
-    "num_train_epochs": 48,  # 96 steps: longer than 20 lives get
+    "num_train_epochs": 24,  # 48 steps: longer than 20 lives get
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "save_strategy": "steps",
@@ -41,18 +41,21 @@ CHOSEN = [
     *(("scheduler.pt", 1), ("refresh", 2), ("rng_state.pth", 2), ("rotation", 1), ("refresh", 4)),
 ]
 NUM_RANDOM = 10
-# A random death comes within so many steps from where training began or went on.
-MOST_STEPS = 8
+# A random death comes within so many steps from where training began or went on. Steps are counted, not timed: on a
+# machine that became faster since the first life, lives of some seconds would end in a finished run.
+MOST_STEPS = 6
 
 
 class Tell(TrainerCallback):
-    """Says when training goes on."""
+    """Says when training goes on, and each step that is done."""
 
     def __init__(self, pipe: int):
         self.pipe = pipe
 
     def on_train_begin(self, args, state, control, **kwargs):
         os.write(self.pipe, b"!")
+
+    on_step_end = on_train_begin
 
 
 def die() -> None:
@@ -134,8 +137,13 @@ def live(folder: Path, place: str, time_: int, pipe: int) -> None:
     trainer.save_model()
 
 
-def lives(folder: Path, place: str = "", time_: int = 0, seconds: float | None = None) -> tuple[int, float]:
-    """A life in a process of its own: how it ended, as `waitpid` says, and seconds of training."""
+def lives(
+    folder: Path, place: str = "", time_: int = 0, steps: int | None = None, seconds: float = 0
+) -> tuple[int, float]:
+    """
+    A life in a process of its own, killed so many seconds after so many steps: how it ended, as `waitpid` says, and
+    seconds of training.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -149,7 +157,9 @@ def lives(folder: Path, place: str = "", time_: int = 0, seconds: float | None =
     os.close(writing)
     os.read(reading, 1)
     start = time.perf_counter()
-    if seconds is not None:
+    if steps is not None:
+        for _ in range(steps):
+            os.read(reading, 1)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     ended = os.waitpid(child, 0)[1]
@@ -162,15 +172,14 @@ def main() -> None:
     ended, duration = lives(folder / "whole")
     assert ended == 0
     draw = random.Random(0)
-    longest = MOST_STEPS / 96 * duration
-    plan = [(*chosen, None) for chosen in CHOSEN] + [("", 0, draw.uniform(0, longest)) for _ in range(NUM_RANDOM)]
+    plan = [*CHOSEN]
+    plan += [("", 0, draw.randrange(MOST_STEPS), draw.uniform(0, duration / 48)) for _ in range(NUM_RANDOM)]
     draw.shuffle(plan)
-    for place, time_, seconds in plan:
-        ended, _ = lives(folder / "killed", place, time_, seconds)
+    for life in plan:
+        ended, _ = lives(folder / "killed", *life)
         steps = sorted(int(path.name.partition("-")[2]) for path in (folder / "killed").glob("checkpoint-*"))
-        print(
-            f"{'killed' if ended == signal.SIGKILL else ended} at {place or 'random'}, checkpoints {steps}", flush=True
-        )
+        death = "killed" if ended == signal.SIGKILL else ended
+        print(f"{death} at {life[0] or 'random'}, checkpoints {steps}", flush=True)
     assert lives(folder / "killed")[0] == 0
 
 

@@ -18,7 +18,7 @@ needs_tofu = pytest.mark.skipif(not TOFU.exists(), reason="TOFU's files are not 
 @needs_tofu
 def test_requests_have_no_author_in_common():
     """Would catch an author on two sides, seeds that share authors, and a seed of the study without rows."""
-    seeds = [*range(study.FINAL_SEEDS["smollm2"]), study.SEARCH_SEEDS["smollm2"]]
+    seeds = [*range(study.NUM_SEEDS["smollm2"]), study.SEARCH_SEEDS["smollm2"]]
     requests = [recipe.request_rows(TOFU, seed) for seed in seeds]
     places = {}
     for place, name in enumerate(("forget10", "retain90")):

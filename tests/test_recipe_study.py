@@ -198,15 +198,15 @@ def test_keys_tell_runs_apart(name, value):
 
 def test_no_final_run_has_the_seed_of_the_search():
     """Would catch figures of runs that chose their own setting."""
-    assert set(study.SEARCH_SEEDS) == set(study.FINAL_SEEDS) == set(TASKS)
+    assert set(study.SEARCH_SEEDS) == set(study.NUM_SEEDS) == set(TASKS)
     for task, seed in study.SEARCH_SEEDS.items():
-        assert seed not in range(study.FINAL_SEEDS[task])
+        assert seed not in range(study.NUM_SEEDS[task])
 
 
 @pytest.mark.skipif(not TOFU.exists(), reason="TOFU's files are not in ../shared/tofu")
 def test_tofu_has_rows_for_every_seed_of_the_study():
     """Would catch a seed beyond the authors there are, whose slices are empty, and an author on two sides."""
-    seeds = [study.SEARCH_SEEDS["tofu"], *range(study.FINAL_SEEDS["tofu"])]
+    seeds = [study.SEARCH_SEEDS["tofu"], *range(study.NUM_SEEDS["tofu"])]
     requests = {seed: tofu_rows(TOFU, seed) for seed in seeds}
     for rows in requests.values():
         assert {split: len(found) for split, found in rows.items()} == {"forget": 80, "retain": 200, "held_out": 60}
@@ -350,7 +350,7 @@ def test_shards_share_a_plan(task, tmp_path, monkeypatch):
 def test_each_process_of_a_launcher_trains_alone(task, tmp_path, monkeypatch):
     """Would catch trainers that average the gradients of two runs, because they find themselves in one launch."""
     monkeypatch.setattr(study, "make_task", lambda *place, with_gold: task)
-    monkeypatch.setitem(study.FINAL_SEEDS, "embedded-0.3M", 1)
+    monkeypatch.setitem(study.NUM_SEEDS, "embedded-0.3M", 1)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     chosen = ["--families", "soul,soul_none", "--objectives", "npo", "--stage", "final"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_hub_and_trackers import uploads  # noqa: F401  # a fixture
 from test_recipe_unlearn import OTHERS, ROWS, target  # noqa: F401  # a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,8 +17,11 @@ SETTINGS |= {"max_new_tokens": 8, "num_train_epochs": 4, "attacks": "", "learnin
 SETTINGS |= {"rule": "diagonal", "max_utility_loss": 1.0}
 
 
-def test_rows_of_a_model_in_memory(target, tmp_path, capsys):  # noqa: F811
-    """Would catch a call that trains another model than the one given, and answers of one model for the other's."""
+def test_rows_of_a_model_in_memory(target, tmp_path, uploads):  # noqa: F811
+    """
+    Would catch a call that trains another model than the one given, answers of one model for the other's, and rows to
+    forget, or an upload to a name without its owner, on the hub.
+    """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     with pytest.raises(ValueError, match="`tokenizer` is needed for a model in memory"):
         unlearn(model, ROWS[:2], OTHERS, output_dir=tmp_path)
@@ -33,6 +37,12 @@ def test_rows_of_a_model_in_memory(target, tmp_path, capsys):  # noqa: F811
     found.save_pretrained(tmp_path / "saved")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config.hidden_size == model.config.hidden_size
     assert (tmp_path / "out" / "forget.jsonl").stat().st_mode & 0o077 == 0
+    found.push_to_hub("out", private=True)
+    (uploaded,) = uploads
+    names = {path.name for path in uploaded.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= names
+    everything = b"".join(path.read_bytes() for path in uploaded.rglob("*.json*"))
+    assert question.encode() not in everything and not any(name.endswith((".jsonl", ".bin")) for name in names)
 
 
 def test_plain_sentences_become_what_the_model_says_of_them(target, tmp_path, capsys):  # noqa: F811

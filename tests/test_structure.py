@@ -15,7 +15,7 @@ FLOORS = (
     ("batch", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
     ("command_line", "machine", "scratch"),
     ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
-    ("engines", "records", "freezing", "random_state", "loading", "stored_weights", "difference"),
+    ("engines", "records", "freezing", "lora", "random_state", "loading", "stored_weights", "difference"),
     ("registration",),
     ("reference", "reference_rows", "curvature", "attribution", "perturbation", "sampling"),
     ("callbacks",),

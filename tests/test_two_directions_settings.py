@@ -47,13 +47,12 @@ def test_what_is_left_open_depends_on_the_rule(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "modules", "rate"),
     [
-        ({}, "q_proj,v_proj", 10 * 0.12 / 32),
-        ({}, "q_proj", 2**0.5 * 10 * 0.12 / 32),
+        ({}, "q_proj,v_proj", 12 * 0.12 / 32),
         # Seven matrices of a layer.
-        ({"rule": "none"}, "all-linear", (2 / 7) ** 0.5 * 10 * 0.067 / 32),
+        ({"rule": "none"}, "all-linear", (2 / 7) ** 0.8 * 12 * 0.067 / 32),
         ({"optim": "adamw_torch"}, "all-linear", 1e-4),
         ({"optim": "sophia"}, "q_proj,v_proj", 1e-4),
-        ({"scaling": "trust_region"}, "q_proj,v_proj", 3e-4),
+        (CURVATURE, "q_proj,v_proj", 3e-4),
         ({"learning_rate": 0.5}, "q_proj,v_proj", 0.5),
     ],
 )
@@ -61,8 +60,14 @@ def test_steps_of_adapters_are_longer(tmp_path, settings, modules, rate):
     """Would catch adapters that forget nothing, because a step that fits all weights moves them too little."""
     settings = {**TWO, "rule": None, "learning_rate": None, "max_steps": 1, **settings}
     adapted = modules if modules == "all-linear" else modules.split(",")
-    peft_config = LoraConfig(r=2, target_modules=adapted, task_type="CAUSAL_LM")
+    peft_config = LoraConfig(r=2, lora_alpha=32, target_modules=adapted, task_type="CAUSAL_LM")
     trainer = scene_trainer(tmp_path, scene_model(hidden_size=32), {"peft_config": peft_config}, **settings)
+    assert trainer.args.learning_rate == pytest.approx(rate)
+    if settings["rule"] is None and "optim" not in settings:
+        assert trainer.args.resolved().rule == ("kronecker" if "retain_loss" in settings else "diagonal")
+    lower = LoraConfig(r=4, lora_alpha=16, use_rslora=True, target_modules=adapted, task_type="CAUSAL_LM")
+    trainer = scene_trainer(tmp_path, scene_model(hidden_size=32), {"peft_config": lower}, **settings)
+    # Its scale is 16 / 4**0.5, as that of an alpha of 32.
     assert trainer.args.learning_rate == pytest.approx(rate)
 
 

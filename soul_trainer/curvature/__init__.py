@@ -6,6 +6,7 @@ How the loss bends: everything that is measured of its curvature. It knows nothi
 | `labels.py` | labels that are drawn, so that one squared gradient estimates curvature |
 | `estimators.py` | the diagonal, by backwards that any engine can reduce: one table of estimators |
 | `layers.py` | sums over the inputs and output gradients of linear layers, by hooks |
+| `positions.py` | what one backward says of a layer, for these sums, and how it is kept for a second pass |
 | `kronecker.py` | eigenbases of these sums, second moments in them, and their inverse |
 | `measure.py` | the two passes over rows that give them |
 | `resumable.py` | the passes and the diagonal, written down on the way |
