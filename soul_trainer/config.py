@@ -18,9 +18,11 @@ from .weighting import RETAIN_WEIGHT_SCHEDULES
 CURVATURE = "curvature"
 REFERENCES = ("auto", "cached_topk")
 PUBLISHED_LEARNING_RATE = 1e-5
-# What a layer says changes as much at any width by an update in inverse proportion to it. Curvature holds back the
-# directions in which a step goes furthest, so that steps are longer with it.
+# An update in inverse proportion to the width changes as much of what a layer says at any width, and one in inverse
+# proportion to the root of the number of layers as much of what the model says at any depth (Yang et al., 2023, arXiv
+# 2310.02244). Curvature holds back the directions in which a step goes furthest, so that steps are longer with it.
 STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0.067}
+LAYERS_OF_STEP = 2  # of the models on which they were found
 TRUST_REGION_STEP = 3e-4
 # Adapters begin at nothing, and are of low rank. AdamW is as fast with ten times the rate, as is common practice; in
 # two directions, adapters on queries and values get below 0.2 in 60 steps with twelve times: docs/methods.md.
@@ -50,8 +52,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     )
     learning_rate: float | None = setting(
         None,
-        f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width in two directions "
-        f"({STEP_BY_WIDTH['none']} without curvature), {TRUST_REGION_STEP} in a trust region, and "
+        f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width "
+        f"({STEP_BY_WIDTH['none']} without curvature) times the root of {LAYERS_OF_STEP} over its number of layers in "
+        f"two directions, {TRUST_REGION_STEP} in a trust region, and "
         f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA, {LORA_STEPS} times as much in two "
         "directions (for q_proj and v_proj with lora_alpha=32; less for more adapters and for a larger alpha), and "
         f"{LORA_LEARNING_RATE} for any other optimizer or rule.",
@@ -152,25 +155,30 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
             has_directions = self.optim in SOUL_NAMES and settings.two_directions
             self.retain_weight = RETAIN_STEP[settings.rule] if has_directions else 1.0
 
-    def fill_learning_rate(self, width: int | None, adapter_reach: float | None = None) -> None:
+    def fill_learning_rate(
+        self, width: int | None, num_layers: int | None, adapter_reach: float | None = None
+    ) -> None:
         """
         Sets `learning_rate`, if it is open.
 
         Args:
             width (`int`, *optional*): The model's `hidden_size`, which may be unknown where it is not needed.
+            num_layers (`int`, *optional*): Its `num_hidden_layers`, likewise.
             adapter_reach (`float`, *optional*): With LoRA: see [`~lora.adapter_reach`].
         """
         if self.learning_rate is not None:
             return
         settings = self.resolved()
         scaling = settings.scaling if self.optim in SOUL_NAMES else "none"
-        if scaling == "tensor" and not width:
+        if scaling == "tensor" and not (width and num_layers):
             raise ValueError(
-                "`learning_rate` is open, and the model's configuration has no `hidden_size` for it to fit: set it."
+                "`learning_rate` is open, and the model's configuration has no `hidden_size` or no "
+                "`num_hidden_layers`, on which it depends: set it."
             )
         longer = LORA_STEPS / adapter_reach if adapter_reach else 1
+        smaller = (LAYERS_OF_STEP / (num_layers or LAYERS_OF_STEP)) ** 0.5 / (width or 1)
         self.learning_rate = {
-            "tensor": longer * STEP_BY_WIDTH[settings.rule] / (width or 1),
+            "tensor": longer * smaller * STEP_BY_WIDTH[settings.rule],
             "trust_region": TRUST_REGION_STEP,
             "none": LORA_LEARNING_RATE if adapter_reach else PUBLISHED_LEARNING_RATE,
         }[scaling]

@@ -100,8 +100,9 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
             layers = linear_layers(self.model)
             self.args.fill_rule(num_kronecker_numbers(layers.values()), self.engine.shards, reach is not None)
         self.args.fill_retain_weight()
-        width = getattr(self.model.config.get_text_config(), "hidden_size", None)
-        self.args.fill_learning_rate(width, reach)
+        config = self.model.config.get_text_config()
+        size = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers")]
+        self.args.fill_learning_rate(*size, reach)
 
     def hyperparameter_search(self, *args, **kwargs) -> BestRun | list[BestRun]:
         """As [`~transformers.Trainer`]'s; what was open is open in each trial that does not draw it."""

@@ -20,10 +20,12 @@ def trainer_of(args, model=None, retain=RETAIN) -> UnlearnTrainer:
 
 
 def test_a_trainer_fills_in_settings_of_its_own(tmp_path):
-    """Would catch a learning rate of one model that stays in the settings and serves a wider one."""
+    """Would catch a learning rate of one model that stays in the settings and serves a wider or a deeper one."""
     args = config(tmp_path)
-    rates = [trainer_of(args, scene_model(hidden_size=width)).args.learning_rate for width in (16, 64)]
-    assert rates == [0.12 / 16, 0.12 / 64] and args.learning_rate is None and args.rule is None
+    sizes = ((16, 2), (64, 2), (64, 8))
+    models = [scene_model(hidden_size=width, num_hidden_layers=num_layers) for width, num_layers in sizes]
+    rates = [trainer_of(args, model).args.learning_rate for model in models]
+    assert rates == [0.12 / 16, 0.12 / 64, 0.06 / 64] and args.learning_rate is None and args.rule is None
 
 
 @pytest.mark.parametrize(

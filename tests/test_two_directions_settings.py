@@ -47,9 +47,9 @@ def test_what_is_left_open_depends_on_the_rule(settings, expected):
 @pytest.mark.parametrize(
     ("settings", "modules", "rate"),
     [
-        ({}, "q_proj,v_proj", 12 * 0.12 / 32),
+        ({}, "q_proj,v_proj", 2**0.5 * 12 * 0.12 / 32),
         # Seven matrices of a layer.
-        ({"rule": "none"}, "all-linear", (2 / 7) ** 0.8 * 12 * 0.067 / 32),
+        ({"rule": "none"}, "all-linear", 2**0.5 * (2 / 7) ** 0.8 * 12 * 0.067 / 32),
         ({"optim": "adamw_torch"}, "all-linear", 1e-4),
         ({"optim": "sophia"}, "q_proj,v_proj", 1e-4),
         (CURVATURE, "q_proj,v_proj", 3e-4),
@@ -74,8 +74,8 @@ def test_steps_of_adapters_are_longer(tmp_path, settings, modules, rate):
 @pytest.mark.parametrize(
     ("settings", "rate"),
     [
-        ({}, 0.12 / 32),
-        ({"rule": "none"}, 0.067 / 32),
+        ({}, 2**0.5 * 0.12 / 32),
+        ({"rule": "none"}, 2**0.5 * 0.067 / 32),
         (CURVATURE, 3e-4),
         ({"scaling": "trust_region"}, 3e-4),
         ({"optim": "sophia"}, 1e-5),
@@ -83,7 +83,7 @@ def test_steps_of_adapters_are_longer(tmp_path, settings, modules, rate):
         ({"learning_rate": 0.5}, 0.5),
     ],
 )
-def test_the_learning_rate_fits_the_width_and_the_scaling(tmp_path, settings, rate):
+def test_the_learning_rate_fits_the_model_and_the_scaling(tmp_path, settings, rate):
     """Would catch a default of another unit: a step of a tensor's size in a trust region moves far too much."""
     settings = {**TWO, "rule": None, "learning_rate": None, "max_steps": 1, **settings}
     trainer = scene_trainer(tmp_path, scene_model(hidden_size=32), **settings)
