@@ -27,7 +27,7 @@ def test_soul_by_defaults_makes_a_pretrained_model_forget_and_keep(tmp_path):
     for split, found in {**rows, "general_text": texts}.items():
         (tmp_path / f"{split}.jsonl").write_text(json_lines(found), encoding="utf-8")
         command += [f"--{split}", str(tmp_path / f"{split}.jsonl")]
-    command += ["--per_device_train_batch_size", "4", "--max_steps", "12", "--evaluations", "1", "--attacks", ""]
+    command += ["--per_device_train_batch_size", "4", "--max_steps", "24", "--evaluations", "1", "--attacks", ""]
     (run,) = unlearn.main([*command, "--max_new_tokens", "8", "--until", "0.1"])
     before = {other.name: other for other in real.references(tmp_path / "out")}["target"]
     assert before.value("forget_probability") > 0.5, "it has not learnt what it must forget"
