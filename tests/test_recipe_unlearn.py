@@ -62,6 +62,21 @@ def test_without_arguments_it_forgets_invented_authors(tmp_path, capsys):
     assert set(run.attacks) == {"relearning", "relearning_used", "quantization_4"}
     attacked = json.loads((tmp_path / "soul.attacks" / "attacks.json").read_text(encoding="utf-8"))["attacks"]
     assert set(attacked["quantization_4"]) == {"unlearned", "gold"}
+    # Another optimizer's model is attacked too, and what target and gold said under attack is read again.
+    references = tmp_path / "references.attacks"
+    written = {path: path.stat().st_mtime_ns for path in references.rglob("rows.jsonl")}
+    assert {str(path.parent.relative_to(references)) for path in written} == {
+        "plain/target",
+        "relearning/gold",
+        "quantization_4/gold",
+    }
+    (other,) = unlearn.main(["--output_dir", str(tmp_path), *small, "--optim", "adamw_torch"])
+    assert written == {path: path.stat().st_mtime_ns for path in references.rglob("rows.jsonl")}
+    after = {run.name: run.attacks["relearning"]["gold"]["probability"].attacked.value for run in (run, other)}
+    assert after["SOUL"] == after["AdamW"]
+    # Fewer rows are another request: those attacks are made again, and not refused at the end of a run.
+    unlearn.main(["--output_dir", str(tmp_path), *small, "--optim", "adamw_torch", "--limit", "4", "--overwrite"])
+    assert len(rows_of(references / "plain" / "target" / "rows.jsonl")) - 1 == 4
 
 
 def test_a_request_of_ones_own_and_the_same_again(target, tmp_path):

@@ -55,7 +55,8 @@ def attack_run(
         asked (`dict`): Fields of the suite's arguments.
         rows (`list[dict]`): The suite's rows, unscored; those to forget are asked.
         names (`list[str]`): Some of [`ATTACKS`].
-        output (`Path`): Folder of the results.
+        output (`Path`): Folder of the results. Those of target and gold, which every run of a comparison reads, are
+            in `references.attacks` beside it.
         **settings: Further fields of [`~running.AttackArguments`]: `device`, `dtype`, `overwrite`, ...
 
     Returns:
@@ -77,4 +78,5 @@ def attack_run(
         relearn_learning_rate=_RATE_BY_WIDTH / width,
         relearn_seed=args.seed,
     )
-    return attack_models(Attacker(Questions(SUITES[suite], own, forget, [], []), args, relearning))
+    attacker = Attacker(Questions(SUITES[suite], own, forget, [], []), args, relearning)
+    return attack_models(attacker, output.with_name("references.attacks"))

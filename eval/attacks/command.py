@@ -66,12 +66,15 @@ def run(args: AttackArguments, relearning: RelearningArguments, own: TofuArgumen
     return attack_models(Attacker(_questions(args, own), args, relearning))
 
 
-def attack_models(attacker: Attacker) -> Found:
+def attack_models(attacker: Attacker, references: Path | None = None) -> Found:
     """
     Attacks the models that an attacker names, and writes rows and `attacks.json`.
 
     Args:
         attacker ([`~running.Attacker`]): Its arguments name the models, the attacks and the output folder.
+        references (`Path`, *optional*):
+            Folder for the rows of target and gold, where attacks on other models that forget the same find them; by
+            default they lie beside the unlearned model's.
 
     Returns:
         `dict[str, dict[str, dict[str, Recovery]]]`: As [`run`].
@@ -87,9 +90,10 @@ def attack_models(attacker: Attacker) -> Found:
     rows = {}
     for role, name in models.items():
         if name:
-            place = "" if role == UNLEARNED else role
+            is_shared = role != UNLEARNED and references is not None
+            folder, place = references if is_shared else Path(args.output), "" if role == UNLEARNED else role
             rows[role] = attacker.ask(
-                name, plans[role], lambda attack, place=place: Path(args.output) / attack / place, role
+                name, plans[role], lambda attack, at=folder, in_it=place: at / attack / in_it, role, is_shared
             )
     found = {}
     for attack in args.names:

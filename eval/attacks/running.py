@@ -123,7 +123,12 @@ class Attacker:
     relearning: RelearningArguments
 
     def ask(
-        self, name: str, attacks: list[str], folder_of: Callable[[str], Path], role: str = ""
+        self,
+        name: str,
+        attacks: list[str],
+        folder_of: Callable[[str], Path],
+        role: str = "",
+        is_shared: bool = False,
     ) -> dict[str, list[dict]]:
         """
         Asks one model, as it is and under attacks; what is there already is read.
@@ -133,12 +138,15 @@ class Attacker:
             attacks (`list[str]`): Of `ATTACKS`, and `"plain"`.
             folder_of (`Callable`): The folder of an attack's `rows.jsonl`.
             role (`str`, *optional*): What progress bars call the model; by default its name.
+            is_shared (`bool`, *optional*, defaults to `False`):
+                Whether several runs read these folders. Other results there are replaced, and `overwrite` is for those
+                of a run alone.
 
         Returns:
             `dict[str, list[dict]]`: Rows by attack.
 
         Raises:
-            ValueError: If a folder holds other results and `overwrite` is not set.
+            ValueError: If a folder of one run holds other results and `overwrite` is not set.
         """
         args = self.args
         tokenizer = args.load_tokenizer(name)
@@ -152,7 +160,7 @@ class Attacker:
         # All are looked at before the first is asked: a folder that is refused must not be found out after hours.
         for attack in attacks:
             headers[attack] = self._header(attack, name, weights, model, tokenizer)
-            finished = finished_rows(folder_of(attack) / "rows.jsonl", headers[attack], args.overwrite)
+            finished = self._finished(folder_of(attack) / "rows.jsonl", headers[attack], is_shared)
             if finished:
                 found[attack] = finished[1]
         for attack in attacks:
@@ -162,6 +170,14 @@ class Attacker:
                 write_rows(path, rows, headers[attack])
                 found[attack] = read_rows(path)[1]
         return found
+
+    def _finished(self, path: Path, header: dict, is_shared: bool) -> tuple[dict, list[dict]] | None:
+        if not is_shared:
+            return finished_rows(path, header, self.args.overwrite)
+        try:
+            return finished_rows(path, header, overwrite=False)
+        except ValueError:  # of another request
+            return finished_rows(path, header, overwrite=True)
 
     def _header(self, attack: str, name: str, weights: str, model, tokenizer) -> dict:
         settings = {
