@@ -49,7 +49,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
 FAMILIES = {
     "llama-3": (
@@ -128,7 +128,7 @@ def test_an_instruct_model_forgets_by_defaults_and_keeps(name, tmp_path):
     before = [probability(model, tokenizer, part) for part in (FORGET, RETAIN)]
     args = UnlearnConfig(
         str(tmp_path),
-        max_steps=24,
+        max_steps=40,
         per_device_train_batch_size=4,
         report_to="none",
         save_strategy="no",

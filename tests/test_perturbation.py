@@ -72,8 +72,8 @@ def test_a_gradient_that_is_not_finite_is_refused(bad):
         Perturbation(model, radius=0.5).find(gradients)
 
 
-# Sums of the same float32 terms in another order, 1e-7 of gradients of norm 60, through four steps.
-SAME_TRAJECTORY = 1e-5
+# Sums of the same float32 terms in another order, 1e-7 of gradients of norm 60, through four steps: up to 1.2e-5 seen.
+SAME_TRAJECTORY = 3e-5
 SGD = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "learning_rate": 0.1}
 
 
