@@ -32,7 +32,6 @@ from .rows import make_header, read_rows, write_rows
 from .running import questions_digest
 from .statistics import Figure
 from .suites import SUITES
-from .verdict import Verdict, verdicts
 
 
 if TYPE_CHECKING:
@@ -188,17 +187,12 @@ class Comparison:
         run.attacks = found
         add_attacks(folder, found, self.signing_key)
 
-    def write_report(self, title: str, notes: str | Sequence[str] = ()) -> list[Verdict]:
-        """
-        Writes the report into the folder and prints its table; see [`~report.write_report`].
-
-        Returns:
-            `list[Verdict]`: On the unlearned models; on other processes than the main one, none.
-        """
+    def write_report(self, title: str, notes: str | Sequence[str] = ()) -> None:
+        """Writes the report into the folder and prints its table; see [`~report.write_report`]."""
         if self.general.get("tasks"):
             self._ask_general()
         if not PartialState().is_main_process:
-            return []
+            return
         for run in self.runs:  # their verdicts know of attacks now
             self._complete_card(run, self._folders[run.name])
         gold = [self.references["gold"]] if "gold" in self.references else []
@@ -207,7 +201,6 @@ class Comparison:
         print(
             f"\n{report.table(everyone)}\n\n{self.folder / 'report.html'} explains the figures and shows the curves."
         )
-        return verdicts(everyone)
 
     def _ask_general(self) -> None:
         """Adds the general ability of all models to their figures."""

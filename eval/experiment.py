@@ -33,7 +33,6 @@ from .models import ModelArguments
 from .report import Run
 from .settings_files import DEFAULTS_FILE, SettingsParser, settings_file
 from .suites.own import load
-from .verdict import Verdict
 
 
 logger = logging.get_logger(__name__)
@@ -226,7 +225,6 @@ class Experiment:
         config ([`UnlearnConfig`]): That of the first run, but with the `output_dir` of all.
         folder (`Path`): Where rows, runs and the report go: `output_dir`.
         optimizers (`dict[str, str]`): Optimizers that run, and their names in the report.
-        verdicts (`list[Verdict]`): On the models of the last [`Experiment.run`], on the main process.
 
     Raises:
         ValueError: If a file or a value is unusable; see [`~settings_files.SettingsParser.read`].
@@ -258,7 +256,6 @@ class Experiment:
         *arguments, self.config = self._parse(next(iter(self.optimizers)))
         self.arguments = tuple(arguments)
         self.folder = Path(self.config.output_dir)
-        self.verdicts: list[Verdict] = []
         self._prepared_rows: dict[tuple, Dataset] = {}
         # accelerate's state is made by the first who asks, and must know of --use_cpu.
         _ = self.config.device
@@ -293,7 +290,7 @@ class Experiment:
             comparison.unlearn(name, config, make_trainer, self.arguments[0].evaluations)
             if names := self.arguments[0].attack_names:
                 comparison.attack(config, names)
-        self.verdicts = comparison.write_report(task.title, task.notes)
+        comparison.write_report(task.title, task.notes)
         return comparison.runs
 
     def lengthen(self, config: UnlearnConfig, forget: Dataset) -> None:

@@ -139,8 +139,8 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
         notes=[f"Rows to forget: {len(splits['forget'])}. Rows to keep: {len(splits['retain'])}.", *notes, *left_out],
     )
     runs = experiment.run(task)
-    for verdict, optimizer in zip(experiment.verdicts, experiment.optimizers):
-        print(f"\n{verdict}\nThe model is in {folder / optimizer}.")
+    if PartialState().is_main_process:
+        print("\n".join(f"The model is in {folder / optimizer}." for optimizer in experiment.optimizers))
     return runs
 
 

@@ -145,7 +145,8 @@ def test_what_it_ends_with_is_the_verdict_and_where_the_model_is(target, tmp_pat
     said = capsys.readouterr().out
     assert said.endswith(f"\nThe model is in {tmp_path / 'out' / 'soul'}.\n") and "has forgotten" not in said
     found = json.loads((tmp_path / "out" / "verdict.json").read_text(encoding="utf-8"))["verdicts"]
-    assert found[0]["kind"] == "cannot tell" and f"SOUL: cannot tell. {found[0]['sentence']}" in said
+    assert found[0]["kind"] == "cannot tell"
+    assert " ".join(said.split()).count(f"SOUL: cannot tell. {found[0]['sentence']}") == 1
     assert [row["split"] for row in run.rows] == ["forget", "retain"]
     assert run.figure("colours_acc").num_rows == 1 and (tmp_path / "out" / "target.general.json").is_file()
     card = (tmp_path / "out" / "soul" / "README.md").read_text(encoding="utf-8")
