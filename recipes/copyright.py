@@ -23,7 +23,6 @@ from soul_eval.console import run_script
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import copyright as suite
-from soul_eval.suites.sources import load_texts
 from soul_recipes.hub_layout import json_lines
 from soul_recipes.learnt_rows import ChunkArguments, first_texts
 from soul_recipes.refusals import RefusingExperiment
@@ -32,6 +31,7 @@ from soul_recipes.small_models import small_models
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.objectives import FORGET_LOSSES
 from soul_trainer.records import public_name, write_whole
+from soul_trainer.sources import load_texts
 
 
 CONFIGS, TALES = Path(__file__).parent / "configs", Path(__file__).parent / "tales"

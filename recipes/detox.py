@@ -24,7 +24,6 @@ from soul_eval.console import run_script
 from soul_eval.experiment import ExperimentArguments, UnlearningTask
 from soul_eval.report import Run
 from soul_eval.suites import detox as suite
-from soul_eval.suites.sources import load_split
 from soul_recipes.hub_layout import json_lines
 from soul_recipes.learnt_rows import first_texts
 from soul_recipes.refusals import RefusingExperiment
@@ -33,6 +32,7 @@ from soul_recipes.small_classifier import train_classifier
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_trainer.records import public_name, write_whole
+from soul_trainer.sources import load_split
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -9,9 +9,9 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from soul_eval.suites.sources import check_exists, kind_of, load_source, load_texts
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.formats import prepare
+from soul_trainer.sources import check_exists, kind_of, load_source, load_texts
 
 
 @dataclass
@@ -27,14 +27,14 @@ class ChunkArguments:
 
 
 def load_learnt(source: str, config: str | None = None, split: str = "train", name: str = "dataset") -> Dataset:
-    """As [`~sources.load_source`], with the columns of one kind of row and no others."""
+    """As [`~soul_trainer.sources.load_source`], with the columns of one kind of row and no others."""
     rows = load_source(source, config, split, name=name)
     return rows.select_columns(list(kind_of(rows, name)))
 
 
 def first_texts(source: str, config: str | None, split: str, max_rows: int | None, name: str = "dataset") -> list[str]:
     """
-    Loads texts as [`~sources.load_texts`] does, or only the first: of a dataset, no more than those is read.
+    Loads texts as [`~soul_trainer.sources.load_texts`] does, or only the first, and reads no more of a dataset.
 
     Args:
         source (`str`): A text file, a folder of `.txt` files, or a dataset with a column `text`.

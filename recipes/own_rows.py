@@ -12,12 +12,12 @@ from transformers.utils import logging
 
 from soul_eval.experiment import fingerprint
 from soul_eval.models import ModelArguments
-from soul_eval.suites.sources import kind_of
 from soul_recipes.hub_layout import json_lines
 from soul_trainer import UnlearnConfig
 from soul_trainer.engines import Engine
 from soul_trainer.records import write_whole
 from soul_trainer.sampling import SamplingConfig, SelfGenerated, self_generated_rows
+from soul_trainer.sources import kind_of
 
 
 logger = logging.get_logger(__name__)

@@ -8,10 +8,10 @@ from datasets import Dataset, concatenate_datasets, get_dataset_config_names
 
 from soul_eval.continual import Request
 from soul_eval.suites import tofu
-from soul_eval.suites.sources import load_split
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.hub_layout import write_hub_layout
 from soul_trainer.records import public_name
+from soul_trainer.sources import load_split
 
 
 # Of each author, one after the other, in TOFU and in the corpus of our own.

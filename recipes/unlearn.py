@@ -24,7 +24,6 @@ from soul_eval.experiment import Experiment, ExperimentArguments, UnlearningTask
 from soul_eval.levels import OTHER_ANSWERS
 from soul_eval.report import Run
 from soul_eval.suites import own
-from soul_eval.suites.sources import kind_of
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.hub_layout import json_lines
 from soul_recipes.learnt_rows import ChunkArguments, tokenized
@@ -32,6 +31,7 @@ from soul_recipes.own_rows import SampledRetainArguments, sampled_retain, withou
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_trainer.records import public_name, write_whole
+from soul_trainer.sources import kind_of
 
 
 CONFIGS = Path(__file__).parent / "configs"

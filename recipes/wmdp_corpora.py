@@ -1,12 +1,12 @@
 """The corpora of WMDP: where they are, and how the topics take turns in training."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
-from soul_eval.suites.sources import load_split
+from soul_eval.suites.sources import require_texts
+from soul_trainer.sources import load_split, read_file
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,8 @@ def load_corpus(name: str, dataset: str = CORPORA, min_characters: int = 0, max_
     """
     file = Path(dataset, f"{name}.jsonl")
     if file.is_file():
-        rows = Dataset.from_dict({"text": _read_lines(file)})
+        rows = read_file(file)
+        require_texts(rows.to_list(), name, "text")
     elif name in ELSEWHERE and not Path(dataset).exists():
         source, config, split = ELSEWHERE[name]
         rows = load_split(source, config, split, columns=("text",), name=name)
@@ -78,18 +79,3 @@ def in_turns(topics: list[Dataset], num_rows: int) -> Dataset:
     return concatenate_datasets(
         [topic.select(range(turn * num_rows, (turn + 1) * num_rows)) for turn in range(num_turns) for topic in topics]
     )
-
-
-def _read_lines(file: Path) -> list[str]:
-    """A line is an object with a `text`, or a text."""
-    texts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {file} is no JSON: {error}") from error
-        text = item.get("text") if isinstance(item, dict) else item
-        if not isinstance(text, str):
-            raise ValueError(f"Line {number} of {file} must be a text or have one as `text`, but it is {line[:80]!r}.")
-        texts.append(text)
-    return texts

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
+from .sources import KINDS
 
 
 logger = logging.get_logger(__name__)
 
 # Used for question/answer rows where the tokenizer has no chat template of its own.
 DEFAULT_PROMPT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
-_KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
 
 
 class Example(NamedTuple):
@@ -85,7 +85,7 @@ def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str |
     if "text" in row:
         _require_text(row, "text")
         return Example("", row["text"], row["text"].strip(), is_chat=False)
-    raise ValueError(f"A row needs the columns of one of the kinds {_KINDS}, but it has {sorted(row)}.")
+    raise ValueError(f"A row needs the columns of one of the kinds {KINDS}, but it has {sorted(row)}.")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None = None) -> dict:
@@ -206,8 +206,8 @@ def prepare(
         _check_tokenized(dataset, max_length, name)
         kept = dataset.select_columns(["input_ids", "labels"])
         return kept.map(lambda _, row: {"row": row}, with_indices=True, desc=f"Numbering {name}")
-    if not any(columns.issuperset(kind) for kind in _KINDS):
-        raise ValueError(f"`{name}` needs the columns of one of the kinds {_KINDS}, but it has {sorted(columns)}.")
+    if not any(columns.issuperset(kind) for kind in KINDS):
+        raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {sorted(columns)}.")
 
     def tokenize(row: dict, index: int) -> dict:
         try:

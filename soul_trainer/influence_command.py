@@ -20,9 +20,10 @@ from .command_line import CommandParser
 from .curvature import load_curvature
 from .formats import longest_row, prepare
 from .influence import InfluenceArguments, InfluenceReport, check_one_process, influence_update
-from .loading import DTYPES, ModelArguments, default_device, load_rows
+from .loading import DTYPES, ModelArguments, default_device
 from .records import RUN_FILE, write_whole
 from .settings import check_at_least
+from .sources import load_split
 
 
 @dataclass
@@ -92,7 +93,8 @@ def run(command: CommandArguments, args: InfluenceArguments) -> InfluenceReport:
     collate = UnlearnCollator.for_tokenizer(tokenizer)
 
     def read(half: str, source: str, config: str | None) -> Dataset:
-        return prepare(load_rows(source, config, command.split), tokenizer, longest, command.prompt_template, half)
+        rows = load_split(source, config, command.split, name=half)
+        return prepare(rows, tokenizer, longest, command.prompt_template, half)
 
     def batches(half: str, rows: Dataset) -> list[ForgetRetainBatch]:
         found = []

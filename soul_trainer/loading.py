@@ -1,21 +1,16 @@
-"""Models, tokenizers and rows by the names that a command line gives: files, folders, hub ids."""
+"""Models and tokenizers by the names that a command line gives: folders, hub ids."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .scratch import scratch_folder
 from .settings import check_choice, setting
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ROW_FILES = (".json", ".jsonl")
-# What makes a folder one of rows, though there may be a text beside them that says what they are.
-_DATA_FILES = {*ROW_FILES, ".parquet", ".csv", ".arrow"}
 
 
 @dataclass(kw_only=True)
@@ -153,51 +148,3 @@ def _checked(name: str) -> Path:
     if not folder.exists() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"--model {name}: no such folder.")
     return folder
-
-
-def load_rows(source: str, config: str | None = None, split: str = "train") -> Dataset:
-    """
-    Rows of a JSON or JSON lines file, of a folder or of a dataset on the hub.
-
-    Args:
-        source (`str`): File, folder or hub id.
-        config (`str`, *optional*): Configuration of the dataset.
-        split (`str`, *optional*, defaults to `"train"`): Of the dataset; a file has but one.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
-    path = Path(source)
-    if path.suffix in ROW_FILES:
-        _check_file(path)
-        arguments, split = {"path": "json", "data_files": source}, "train"
-    else:
-        arguments = {"path": source, "name": config}
-    if not path.exists():
-        return load_dataset(**arguments, split=split)
-    # The library's cache tells folders apart by their names alone: it would give the rows of another folder.
-    with scratch_folder() as cache:
-        return load_dataset(**arguments, split=split, cache_dir=cache, keep_in_memory=True)
-
-
-def load_texts(source: str) -> list[str]:
-    """
-    The texts of a `.txt` file or of all such files in a folder, in the order of their names; none of another source.
-
-    Raises:
-        ValueError: If there is no such file.
-    """
-    path = Path(source)
-    if path.suffix == ".txt" and not path.is_dir():
-        _check_file(path)
-        files = [path]
-    else:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else []
-        if files and any(other.suffix in _DATA_FILES for other in path.iterdir()):
-            return []
-    return [file.read_text(encoding="utf-8") for file in files]
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from scenes import FORGET, scene_model, scene_tokenizer
 
-from soul_trainer import loading
+from soul_trainer import sources
 from soul_trainer.clean import FINDINGS, MEASUREMENT, PART, ROWS, command, delete_leftovers, find_leftovers, main
 from soul_trainer.collator import UnlearnCollator
 from soul_trainer.engines import Engine
@@ -130,16 +130,17 @@ def work_until_killed(out: Path, rows: Path, temporary: Path) -> None:
     forget = prepare(Dataset.from_list(FORGET), tokenizer, 64, None, "forget")
     forward = RowForward(scene_model(), UnlearnCollator.for_tokenizer(tokenizer), 4, Engine(), False)
     kept = add_top_tokens(forget, 3, out, forward)
-    loading.load_dataset = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-    loading.load_rows(str(rows))
+    sources.load_dataset_builder = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    sources.load_split(str(rows))
     del kept
 
 
 def test_a_run_that_is_killed_leaves_what_is_found(tmp_path, monkeypatch):
     """Would catch names that the trainer has changed and this list has not: the real ones, after a real kill."""
-    temporary, out, rows = tmp_path / "temporary", tmp_path / "out", tmp_path / "rows.jsonl"
+    temporary, out, rows = tmp_path / "temporary", tmp_path / "out", tmp_path / "rows"
     temporary.mkdir()
-    Dataset.from_list([{"text": "a secret"}]).to_json(rows)
+    rows.mkdir()
+    (rows / "train.jsonl").write_text('{"text": "a secret"}', encoding="utf-8")
     run = get_context("fork").Process(target=work_until_killed, args=(out, rows, temporary))
     run.start()
     run.join(120)
@@ -150,4 +151,4 @@ def test_a_run_that_is_killed_leaves_what_is_found(tmp_path, monkeypatch):
     assert leftovers[0].path.parent == out and leftovers[0].num_bytes > 100
     assert leftovers[1].path.parent == temporary and leftovers[1].path.name.startswith(PREFIX)
     assert len(delete_leftovers(leftovers)) == 2 and not list(out.iterdir()) and not list(temporary.glob(f"{PREFIX}*"))
-    assert loading.load_rows(str(rows))["text"][:] == ["a secret"]
+    assert sources.load_split(str(rows))["text"][:] == ["a secret"]

@@ -269,8 +269,8 @@ def test_a_finished_file_is_replaced_only_when_told(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--dataset=missing.jsonl"], "missing.jsonl: no such file"),
-        (["--dataset=missing.txt"], "missing.txt: no such file"),
+        (["--dataset=missing.jsonl"], "'missing.jsonl': no such file"),
+        (["--dataset=missing.txt"], "'missing.txt': no such file"),
         (["--kind=full"], "`kind` must be one of diagonal, kronecker"),
         (["--estimator=hutchinson"], "`estimator` must be one of empirical_fisher, gauss_newton_bartlett"),
         (["--dtype=float16"], "`dtype` must be one of float32"),

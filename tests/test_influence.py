@@ -278,7 +278,7 @@ def test_a_sample_of_retain_rows_stands_for_all(files, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--forget=missing.jsonl"], "missing.jsonl: no such file"),
+        (["--forget=missing.jsonl"], "'missing.jsonl': no such file"),
         (["--dtype=int8"], "`dtype` must be one of auto, float32"),
         (["--batch_size=0"], "`batch_size` must be at least 1"),
         (["--trainable_parameters", "nothing_like_it"], "nothing_like_it"),

@@ -12,9 +12,9 @@ from datasets import Dataset
 
 from soul_eval.classification import classify
 from soul_eval.rows import read_rows
-from soul_eval.suites.sources import load_split
 from soul_recipes import detox as recipe
 from soul_recipes import rude_townsfolk, small_classifier
+from soul_trainer.sources import load_split
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -13,7 +13,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "soul_recipes":
 # A file imports from the floors below it and from its own.
 FLOORS = (
     ("batch", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
-    ("command_line", "machine", "scratch"),
+    ("command_line", "machine", "scratch", "sources"),
     ("log_probs", "divergences", "halves", "chunks", "formats", "objectives", "pairing", "collator", "config"),
     ("engines", "records", "freezing", "lora", "random_state", "loading", "stored_weights", "difference"),
     ("registration",),

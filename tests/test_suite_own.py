@@ -24,8 +24,8 @@ from soul_eval.suites.own import (
     unscored_rows,
     verbatim_overlap,
 )
-from soul_eval.suites.sources import load_source
 from soul_trainer.formats import encode, render
+from soul_trainer.sources import load_source
 
 
 QUESTIONS = [{"question": f"Who is {name}?", "answer": f"{name} is a poet of 1984."} for name in ("Ada", "Bo", "Cy")]

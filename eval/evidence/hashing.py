@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..suites.sources import KINDS
 
-
+# The columns that count in each kind of row. Others would give other hashes, so these stay whatever kinds there are.
+KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
 ROW_HASH = "HMAC-SHA256(HMAC-SHA256(salt, row), row), where row is canonical JSON (RFC 8785) in UTF-8"
 SALT_FORMAT, KEYS_FORMAT = "soul_eval.record_salt/1", "soul_eval.row_keys/1"
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")

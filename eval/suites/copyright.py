@@ -20,7 +20,7 @@ from ..statistics import LOSS, UNIT, Figure, mean_figure
 from .base import DETAILS, GENERATION, Part, Suite, column, match_rows
 from .membership import token_fields
 from .memorization import memorization_values
-from .sources import load_texts, spread
+from .sources import spread
 
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def load(arguments: CopyrightArguments, tokenizer: "PreTrainedTokenizerBase") ->
     Raises:
         ValueError: If a text is not there, holds no passage, or the tokenizer is a slow one.
     """
+    from soul_trainer.sources import load_texts
+
     lengths = arguments.prompt_lengths()
     longest = lengths[-1] + arguments.continuation_tokens
     if longest > tokenizer.model_max_length:

@@ -15,7 +15,7 @@ from ..classification import FLUENCY_MODEL, TOXICITY_MODEL
 from ..rows import check_rows
 from ..statistics import LOSS, Figure, mean_figure
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
-from .sources import load_split, load_texts, spread
+from .sources import spread
 
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def load(arguments: DetoxArguments, tokenizer: "PreTrainedTokenizerBase | None" 
     Raises:
         ValueError: If a column, a label or a prompt is missing.
     """
+    from soul_trainer.sources import load_split, load_texts
+
     _check_label(arguments.classifier, arguments.toxic_label, "toxic_label")
     if arguments.fluency_classifier:
         _check_label(arguments.fluency_classifier, arguments.fluent_label, "fluent_label")

@@ -21,7 +21,7 @@ from ..statistics import LOSS, UNIT, Figure, mean_figure
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures
 from .memorization import memorization_values
-from .sources import kind_of, load_source, spread
+from .sources import spread
 
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class OwnArguments:
 
     forget: str = field(
         metadata={
-            "help": "Rows to forget: a JSON, CSV, Parquet or text file, a folder, or a hub id, as ID:CONFIG:SPLIT "
-            "where it has several."
+            "help": "Rows to forget: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md), a folder of such files, or a hub "
+            "id, as ID:CONFIG:SPLIT where it has several."
         }
     )
     retain: str | None = field(default=None, metadata={"help": "Rows that unlearning is told to keep."})
@@ -105,6 +105,8 @@ def load(source: str, revision: str | None = None, name: str = "dataset") -> "Da
         revision (`str`, *optional*): Revision of a dataset on the hub.
         name (`str`, *optional*, defaults to `"dataset"`): What errors call it.
     """
+    from soul_trainer.sources import load_source
+
     path, config, split = source, None, None
     if not Path(source).exists():
         # At least two characters: a drive's letter is no source.
@@ -131,6 +133,8 @@ def unscored_rows(
     Raises:
         ValueError: If a text is too short to be parted; the row is named.
     """
+    from soul_trainer.sources import kind_of
+
     rows = []
     for split, dataset in splits.items():
         columns = [*kind_of(dataset, split), *{WRONG_ANSWERS}.intersection(dataset.column_names)]

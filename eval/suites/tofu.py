@@ -22,7 +22,6 @@ from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
 from .membership import membership_figures, membership_parts
 from .memorization import memorization_values
-from .sources import load_split
 
 
 if TYPE_CHECKING:
@@ -102,6 +101,8 @@ def load_splits(
     """
     from datasets import get_dataset_config_names
     from transformers.utils import logging
+
+    from soul_trainer.sources import load_split
 
     logger = logging.get_logger(__name__)
     if held_out_rows is not None and held_out_rows < 0:
@@ -328,6 +329,8 @@ def _forget_quality(forget_rows: list[dict], reference_rows: list[dict]) -> dict
 
 
 def _load(arguments: TofuArguments, tokenizer: "PreTrainedTokenizerBase") -> list[dict]:
+    from soul_trainer.sources import load_split
+
     splits = load_splits(
         arguments.dataset,
         arguments.forget_split,

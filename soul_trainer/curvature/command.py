@@ -30,8 +30,9 @@ from ..collator import UnlearnCollator
 from ..command_line import CommandParser
 from ..formats import longest_row, prepare
 from ..freezing import freeze_parameters
-from ..loading import ModelArguments, default_device, load_rows, load_texts
+from ..loading import ModelArguments, default_device
 from ..settings import check_at_least, check_choice, setting
+from ..sources import kind_of, load_split
 from ..weights import weights_digest
 from .file import Curvature, save_curvature
 from .layers import Layer, linear_layers
@@ -190,16 +191,14 @@ def _processes(device: str | None) -> PartialState | None:
 
 
 def _tokenized(args: CurvatureArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    texts, longest = load_texts(args.dataset), longest_row(args.max_length, model, tokenizer)
-    if not texts:
-        rows = load_rows(args.dataset, args.dataset_config, args.split)
-        # Rows of nothing but text are plain text too: cut, a long one loses nothing.
-        others = ({"messages"}, {"question", "answer"}, {"prompt", "completion"}, {"input_ids", "labels"})
-        if "text" in rows.column_names and not any(set(rows.column_names) >= other for other in others):
-            texts = [text for text in rows["text"] if text and text.strip()]
-    if texts:
-        longest = args.chunk_length or min(longest_row(None, model, tokenizer), CHUNK_LENGTH)
-        rows = chunk_texts(texts, tokenizer, longest_row(longest, model, tokenizer))
+    rows = load_split(args.dataset, args.dataset_config, args.split)
+    longest = longest_row(args.max_length, model, tokenizer)
+    # A text is cut into chunks, and so loses nothing however long it is.
+    if "input_ids" not in rows.column_names and kind_of(rows) == ("text",):
+        texts = [text for text in rows["text"] if text and text.strip()]
+        length = args.chunk_length or min(longest_row(None, model, tokenizer), CHUNK_LENGTH)
+        longest = longest_row(length, model, tokenizer)
+        rows = chunk_texts(texts, tokenizer, longest)
     rows = prepare(rows, tokenizer, longest, args.prompt_template)
     if args.num_rows is not None and args.num_rows < len(rows):
         rows = rows.shuffle(seed=args.seed).select(range(args.num_rows))
