@@ -43,8 +43,8 @@ class OwnArguments:
 
     forget: str = field(
         metadata={
-            "help": "Rows to forget: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md), a folder of such files, or a hub "
-            "id, as ID:CONFIG:SPLIT where it has several."
+            "help": "Rows to forget: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, .md), a folder of such files, "
+            "or a hub id, as ID:CONFIG:SPLIT where it has several."
         }
     )
     retain: str | None = field(default=None, metadata={"help": "Rows that unlearning is told to keep."})
