@@ -9,11 +9,31 @@ from transformers.trainer_utils import HubStrategy
 from .machine import fit_to_machine
 from .objectives import FORGET_LOSSES, RETAIN_LOSSES
 from .precision import needs_use_cpu
-from .settings import ObjectiveArguments, StepArguments, check_at_least, check_choice, setting
+from .settings import (
+    WEIGHT_MASKS,
+    Count,
+    Decay,
+    NotNegative,
+    ObjectiveArguments,
+    StepArguments,
+    check_choice,
+    check_ranges,
+    setting,
+)
 from .soul_settings import RULE_DEFAULTS, SOUL_NAMES, SoulArguments, parse_optim_args
 from .weighting import RETAIN_WEIGHT_SCHEDULES
 
 
+# Settings of TrainingArguments, which takes any number.
+INHERITED = {
+    "weight_decay": NotNegative,
+    "max_grad_norm": NotNegative,
+    "adam_beta1": Decay,
+    "adam_beta2": Decay,
+    "adam_epsilon": NotNegative,
+    "per_device_train_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+}
 # The retain loss that is none: what is to be kept is kept by its curvature.
 CURVATURE = "curvature"
 REFERENCES = ("auto", "cached_topk")
@@ -50,7 +70,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     optim: str = setting(
         "soul", "The optimizer: soul, sophia (soul with rule=sophia), or any that transformers knows."
     )
-    learning_rate: float | None = setting(
+    learning_rate: NotNegative | None = setting(
         None,
         f"Peak learning rate. By default {STEP_BY_WIDTH['diagonal']} over the model's width "
         f"({STEP_BY_WIDTH['none']} without curvature) times the root of {LAYERS_OF_STEP} over its number of layers in "
@@ -59,7 +79,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         "directions (for q_proj and v_proj with lora_alpha=32; less for more adapters and for a larger alpha), and "
         f"{LORA_LEARNING_RATE} for any other optimizer or rule.",
     )
-    num_train_epochs: float = setting(5, "Passes over the forget rows.")
+    num_train_epochs: NotNegative = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
     # No `bool | None`, of which transformers' parser would not take a bare `--bf16`.
     bf16: bool = setting(
@@ -76,8 +96,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
 
     forget_loss: str = setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
     retain_loss: str = setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
-    forget_weight: float = setting(1.0, "Weight of the forget loss, >= 0.")
-    retain_weight: float | None = setting(
+    forget_weight: NotNegative = setting(1.0, "Weight of the forget loss, >= 0.")
+    retain_weight: NotNegative | None = setting(
         None,
         "Weight of the retain loss or, in two directions, of its step, >= 0 (gamma in SOUL's code). By default "
         f"{RETAIN_STEP['kronecker']} in two directions with Kronecker curvature, else 1.",
@@ -85,12 +105,12 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     retain_weight_schedule: str = setting(
         "constant", f"How the retain weight grows to its value: {', '.join(RETAIN_WEIGHT_SCHEDULES)}."
     )
-    retain_loss_limit: float = setting(
+    retain_loss_limit: NotNegative = setting(
         0.0, "With primal_dual: the retain loss that is allowed, in nats a token (epsilon of PDU), >= 0."
     )
-    dual_step_size: float = setting(1.0, "With primal_dual: step of the weight per optimizer step, >= 0.")
-    dual_warmup_epochs: float = setting(0.0, "With primal_dual: epochs before the weight moves, >= 0.")
-    l1_weight: float = setting(0.0, "Weight of the sum of absolute weights, >= 0 (alpha of l1-sparse).")
+    dual_step_size: NotNegative = setting(1.0, "With primal_dual: step of the weight per optimizer step, >= 0.")
+    dual_warmup_epochs: NotNegative = setting(0.0, "With primal_dual: epochs before the weight moves, >= 0.")
+    l1_weight: NotNegative = setting(0.0, "Weight of the sum of absolute weights, >= 0 (alpha of l1-sparse).")
     trainable_parameters: str | None = setting(
         None,
         "Regular expression that is searched in parameters' names: the others are frozen. By default all are trained; "
@@ -102,8 +122,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         "The model before unlearning, for losses that need its distributions: auto (the adapter switched off, else a "
         "copy of the weights that are trained) or cached_topk (its most probable tokens, kept on disk).",
     )
-    reference_topk: int = setting(64, "With cached_topk: tokens that are kept at each position, >= 1.")
-    max_length: int | None = setting(None, "Longest row in tokens; by default as long as the model takes.")
+    reference_topk: Count = setting(64, "With cached_topk: tokens that are kept at each position, >= 1.")
+    max_length: Count | None = setting(None, "Longest row in tokens; by default as long as the model takes.")
     prompt_template: str | None = setting(
         None, "Template of question/answer rows, with {question} and, at its end, {answer}; by default the chat's."
     )
@@ -198,20 +218,15 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
 
     def check(self) -> None:
         """Raises a `ValueError` that names the first setting of unlearning that is out of its range."""
+        check_ranges(self, INHERITED)
         super().check()
         check_choice("forget_loss", self.forget_loss, FORGET_LOSSES)
         check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
         check_choice("retain_weight_schedule", self.retain_weight_schedule, RETAIN_WEIGHT_SCHEDULES)
         check_choice("reference", self.reference, REFERENCES)
-        self.check_objectives()
-        self.check_steps()
-        for name in (
-            *("forget_weight", "retain_weight", "l1_weight"),
-            *("retain_loss_limit", "dual_step_size", "dual_warmup_epochs"),
-        ):
-            if (getattr(self, name) or 0.0) < 0:
-                raise ValueError(f"`{name}` must be >= 0, but it is {getattr(self, name)}.")
-        check_at_least(1, max_length=self.max_length, reference_topk=self.reference_topk)
+        check_choice("weight_mask", self.weight_mask, WEIGHT_MASKS)
+        if self.max_steps <= 0 and not self.num_train_epochs:
+            raise ValueError("`num_train_epochs` must be > 0, or `max_steps` say how many steps there are.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning for unlearning objectives: leave it at 0.")
         if self.forget_loss == "none" and self.retain_loss == "none":

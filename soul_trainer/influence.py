@@ -27,6 +27,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ from .curvature.products import (
 )
 from .freezing import freeze_parameters
 from .reference import eval_mode
-from .settings import check_at_least, check_choice
+from .settings import Count, CountFromZero, Positive, Range, check_choice, check_ranges
 from .weights import weights_digest
 
 
@@ -71,24 +72,24 @@ class InfluenceArguments:
     """
 
     solver: str = field(default="conjugate_gradient", metadata={"help": f"What stands for G: {', '.join(SOLVERS)}."})
-    strength: float = field(default=1.0, metadata={"help": "Factor of all steps together, > 0; 1 is Newton's."})
-    num_steps: int = field(default=1, metadata={"help": "Steps that share the strength, >= 1."})
+    strength: Positive = field(default=1.0, metadata={"help": "Factor of all steps together, > 0; 1 is Newton's."})
+    num_steps: Count = field(default=1, metadata={"help": "Steps that share the strength, >= 1."})
     remeasure: bool = field(default=False, metadata={"help": "Whether H is measured again before each step."})
-    damping: float | None = field(
+    damping: Positive | None = field(
         default=None,
         metadata={
             "help": "Added to H's diagonal, > 0, in its unit: nats per answer token over the square of a weight. By "
             f"default {DAMPING_SHARE} of the mean of G's diagonal at the first weights."
         },
     )
-    max_iterations: int = field(default=50, metadata={"help": "Most iterations of conjugate gradients, >= 1."})
-    tolerance: float = field(
+    max_iterations: Count = field(default=50, metadata={"help": "Most iterations of conjugate gradients, >= 1."})
+    tolerance: Annotated[float, Range(above=0, below=1)] = field(
         default=1e-3, metadata={"help": "They end at this residual, as a share of the right side's norm, in (0, 1)."}
     )
-    num_draws: int = field(
+    num_draws: Count = field(
         default=1, metadata={"help": "Labels that are sampled for each token in a pass that measures H, >= 1."}
     )
-    curvature_rank: int | None = field(
+    curvature_rank: Count | None = field(
         default=None, metadata={"help": "With kronecker: eigenvectors kept of each factor, >= 1; default all."}
     )
     trainable_parameters: list[str] | None = field(
@@ -97,23 +98,13 @@ class InfluenceArguments:
     frozen_parameters: list[str] | None = field(
         default=None, metadata={"help": "Regular expressions: weights in whose names one is found stay."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the sampled labels, and of the sample of retain rows."})
+    seed: CountFromZero = field(
+        default=0, metadata={"help": "Of the sampled labels, and of the sample of retain rows."}
+    )
 
     def __post_init__(self):
         check_choice("solver", self.solver, SOLVERS)
-        for name in ("strength", "damping"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number > 0, but it is {value}.")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"`tolerance` must be in (0, 1), but it is {self.tolerance}.")
-        check_at_least(
-            1,
-            num_steps=self.num_steps,
-            max_iterations=self.max_iterations,
-            num_draws=self.num_draws,
-            curvature_rank=self.curvature_rank,
-        )
+        check_ranges(self)
 
 
 @dataclass

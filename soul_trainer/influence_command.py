@@ -22,7 +22,7 @@ from .formats import longest_row, prepare
 from .influence import InfluenceArguments, InfluenceReport, check_one_process, influence_update
 from .loading import DTYPES, ModelArguments, default_device
 from .records import RUN_FILE, write_whole
-from .settings import check_at_least
+from .settings import Count, check_ranges
 from .sources import load_split
 
 
@@ -37,18 +37,18 @@ class CommandArguments(ModelArguments):
     curvature: str | None = field(
         default=None, metadata={"help": "File of the retain rows' curvature; without, it is measured."}
     )
-    num_tokens: int | None = field(
+    num_tokens: Count | None = field(
         default=None,
         metadata={"help": "Answer tokens of all that is to be kept; default those of --retain, or the file's."},
     )
     forget_config: str | None = field(default=None, metadata={"help": "Configuration of --forget: forget10, ..."})
     retain_config: str | None = field(default=None, metadata={"help": "Configuration of --retain: retain90, ..."})
     split: str = field(default="train", metadata={"help": "Split of both, but of files."})
-    retain_rows: int | None = field(
+    retain_rows: Count | None = field(
         default=None, metadata={"help": "So many retain rows, drawn at random, stand for all in G."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Rows in a forward, >= 1."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
+    batch_size: Count = field(default=8, metadata={"help": "Rows in a forward, >= 1."})
+    max_length: Count | None = field(default=None, metadata={"help": "Longest row in tokens; by default the model's."})
     prompt_template: str | None = field(default=None, metadata={"help": "As in training, with {question}, {answer}."})
     dtype: str = field(
         default="float32",
@@ -63,7 +63,7 @@ class CommandArguments(ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(1, batch_size=self.batch_size, retain_rows=self.retain_rows, num_tokens=self.num_tokens)
+        check_ranges(self)
         if self.retain is None and self.curvature is None:
             raise ValueError("Set `retain`, rows to retain, or `curvature`, a file that was measured of them.")
 

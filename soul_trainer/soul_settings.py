@@ -1,12 +1,12 @@
 """Settings of the optimizer and its Hessian, for any `TrainingArguments`. Each is documented once, in its `help`."""
 
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import torch
 
 from .optim import SCALINGS, Soul
-from .settings import check_at_least, check_choice, setting
+from .settings import Count, CountFromZero, Decay, Positive, check_choice, check_ranges, setting
 
 
 SOUL_NAMES = ("soul", "sophia")
@@ -58,16 +58,16 @@ class SoulArguments:
         None,
         f"How long a step is: {', '.join(SCALINGS)}; by default tensor, or trust_region with retain_loss=curvature.",
     )
-    damping: float = setting(0.1, "Added to the Hessian, as a share of its mean, > 0; not in the rule sophia.")
-    rho: float | None = setting(
+    damping: Positive = setting(0.1, "Added to the Hessian, as a share of its mean, > 0; not in the rule sophia.")
+    rho: Positive | None = setting(
         None, "Sophia's curvature scale (rho), > 0, by default 0.04; it must fit the scale of the Hessian."
     )
-    beta1: float = setting(0.9, "Decay of the momenta (beta1), in [0, 1). `adam_beta1` is AdamW's.")
-    beta2: float = setting(0.95, "Decay of the Hessian per refresh (beta2), in [0, 1).")
-    eps: float | None = setting(None, "Sophia's epsilon in the denominator, > 0, by default 1e-15.")
+    beta1: Decay = setting(0.9, "Decay of the momenta (beta1), in [0, 1). `adam_beta1` is AdamW's.")
+    beta2: Decay = setting(0.95, "Decay of the Hessian per refresh (beta2), in [0, 1).")
+    eps: Positive | None = setting(None, "Sophia's epsilon in the denominator, > 0, by default 1e-15.")
     bias_correction: bool = setting(True, "Whether the Hessian's start-up bias is corrected (SophiaG does not).")
     state_dtype: str = setting("float32", "Of the momenta: float32 or, for half the memory, bfloat16.")
-    hessian_interval: int | None = setting(
+    hessian_interval: CountFromZero | None = setting(
         None,
         "Optimizer steps between two refreshes of the Hessian; 0 refreshes once, before the first step. By default 0, "
         "with the rule sophia 10.",
@@ -82,19 +82,19 @@ class SoulArguments:
         "Rows whose Hessian is estimated: retain, forget, both, or training: the training gradient itself is squared, "
         "at no cost, as the released SOUL code does (with the estimator empirical_fisher).",
     )
-    hessian_batch_size: int = setting(32, "Rows of one estimate, over all processes.")
-    hessian_rows: int | None = setting(
+    hessian_batch_size: Count = setting(32, "Rows of one estimate, over all processes.")
+    hessian_rows: Count | None = setting(
         None,
         "With hessian_interval=0, or the rule kronecker: rows that are visited, in estimates of hessian_batch_size; "
         "all if unset.",
     )
-    hessian_label_smoothing: float | None = setting(
+    hessian_label_smoothing: Decay | None = setting(
         None, "Label smoothing of the estimator empirical_fisher, in [0, 1)."
     )
     curvature: str | None = setting(
         None, "File of curvature that `python -m soul_trainer.curvature` measured once, in the place of an estimate."
     )
-    curvature_rank: int | None = setting(
+    curvature_rank: Count | None = setting(
         None, "With the rule kronecker: eigenvectors that are kept of each factor, >= 1; all if unset."
     )
 
@@ -122,20 +122,12 @@ class SoulArguments:
     def check(self) -> None:
         """Raises a `ValueError` that names the first setting that is out of its range."""
         settings = self.resolved()
+        check_ranges(settings)
         check_choice("scaling", settings.scaling, SCALINGS)
         check_choice("state_dtype", settings.state_dtype, ("float32", "bfloat16"))
         check_choice("hessian_estimator", settings.hessian_estimator, HESSIAN_ESTIMATORS)
         check_choice("hessian_data", settings.hessian_data, HESSIAN_DATA)
-        check_at_least(0, hessian_interval=settings.hessian_interval)
-        check_at_least(
-            1,
-            hessian_batch_size=settings.hessian_batch_size,
-            hessian_rows=settings.hessian_rows,
-            curvature_rank=settings.curvature_rank,
-        )
         smoothing = settings.hessian_label_smoothing
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"`hessian_label_smoothing` must be in [0, 1), but it is {smoothing}.")
         if smoothing and settings.hessian_estimator != "empirical_fisher":
             raise ValueError("`hessian_label_smoothing` needs `hessian_estimator='empirical_fisher'` (true labels).")
         if settings.hessian_data == "training" and (
@@ -192,15 +184,19 @@ def parse_optim_args(optim_args: str | dict | None) -> dict:
         ValueError: If a key is unknown or a value malformed; the known keys are listed.
     """
     # A setting that may be left open has another type beside None.
-    known = {setting.name: (get_args(setting.type) or (setting.type,))[0] for setting in fields(SoulArguments)}
+    known = {name: (get_args(kind) or (kind,))[0] for name, kind in get_type_hints(SoulArguments).items()}
     if not isinstance(optim_args, dict):
         pairs = [pair for pair in (optim_args or "").replace(" ", "").split(",") if pair]
-        optim_args = dict(pair.partition("=")[::2] for pair in pairs)
+        optim_args = [pair.partition("=")[::2] for pair in pairs]
+    else:
+        optim_args = list(optim_args.items())
     parsed = {}
-    for key, value in optim_args.items():
+    for key, value in optim_args:
         name = key if key in known else f"hessian_{key}"
         if name not in known:
             raise ValueError(f"Unknown key {key!r} in `optim_args`; SOUL knows {', '.join(known)}.")
+        if name in parsed:
+            raise ValueError(f"`optim_args` names {name!r} twice: {optim_args}.")
         try:
             parsed[name] = (
                 {"true": True, "false": False}[str(value).lower()] if known[name] is bool else known[name](value)

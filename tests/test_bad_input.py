@@ -62,7 +62,7 @@ def largest_finite(tensors: dict[str, torch.Tensor]) -> float:
         ({"retain_dataset": [{"input_ids": [1, 2], "labels": [1]}]}, "Row 0 of `retain_dataset`: 2 `input_ids`"),
         ({"optimizers": (torch.optim.AdamW(scene_model().parameters()), None)}, "`optimizers` is a AdamW, but"),
         ({"compute_loss_func": print}, "`compute_loss_func` has no place"),
-        ({"args": {"max_length": 0}}, "`max_length` must be at least 1"),
+        ({"args": {"max_length": 0}}, "`max_length` must be >= 1"),
         ({"args": {"label_smoothing_factor": 0.1}}, "`label_smoothing_factor` has no meaning"),
         ({"forget_dataset": [{"question": "who ?"}]}, "`forget_dataset` needs the columns"),
         ({"args": {"max_length": 65}}, "`max_length`=65 is over the model's 64"),

@@ -274,7 +274,7 @@ def test_a_finished_file_is_replaced_only_when_told(folder, tmp_path, capsys):
         (["--kind=full"], "`kind` must be one of diagonal, kronecker"),
         (["--estimator=hutchinson"], "`estimator` must be one of empirical_fisher, gauss_newton_bartlett"),
         (["--dtype=float16"], "`dtype` must be one of float32"),
-        (["--rank=0"], "`rank` must be at least 1"),
+        (["--rank=0"], "`rank` must be >= 1"),
         (["--label_smoothing=1"], "`label_smoothing` must be in [0, 1)"),
         (["--trainable_parameters", "nothing_like_it"], "nothing_like_it"),
         (["--trainable_parameters", "norm"], "--kind diagonal"),

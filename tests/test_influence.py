@@ -172,10 +172,10 @@ def test_a_step_that_bfloat16_swallows_is_reported(caplog):
         ({"damping": -1.0}, "`damping`.*> 0"),
         ({"damping": float("inf")}, "`damping`.*finite"),
         ({"tolerance": 1.0}, r"`tolerance`.*\(0, 1\)"),
-        ({"max_iterations": 0}, "`max_iterations`.*at least 1"),
-        ({"num_draws": 0}, "`num_draws`.*at least 1"),
-        ({"num_steps": 0}, "`num_steps`.*at least 1"),
-        ({"curvature_rank": 0}, "`curvature_rank`.*at least 1"),
+        ({"max_iterations": 0}, "`max_iterations`.*>= 1"),
+        ({"num_draws": 0}, "`num_draws`.*>= 1"),
+        ({"num_steps": 0}, "`num_steps`.*>= 1"),
+        ({"curvature_rank": 0}, "`curvature_rank`.*>= 1"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
@@ -280,7 +280,7 @@ def test_a_sample_of_retain_rows_stands_for_all(files, tmp_path):
     [
         (["--forget=missing.jsonl"], "'missing.jsonl': no such file"),
         (["--dtype=int8"], "`dtype` must be one of auto, float32"),
-        (["--batch_size=0"], "`batch_size` must be at least 1"),
+        (["--batch_size=0"], "`batch_size` must be >= 1"),
         (["--trainable_parameters", "nothing_like_it"], "nothing_like_it"),
         (["--max_length=4"], "Row 0 of `forget`: no answer token is left"),
     ],

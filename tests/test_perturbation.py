@@ -235,7 +235,7 @@ def test_rows_whose_loss_is_not_finite_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sam_radius": -0.1}, "`sam_radius` must be a number >= 0, but it is -0.1"),
+        ({"sam_radius": -0.1}, "`sam_radius` must be >= 0, but it is -0.1"),
         ({"sam_radius": 0.1, "forget_loss": "none"}, "it needs a `forget_loss`"),
         ({"sam_radius": 0.1, "l1_weight": 0.1}, "and no `l1_weight`"),
     ],

@@ -31,7 +31,7 @@ from ..command_line import CommandParser
 from ..formats import longest_row, prepare
 from ..freezing import freeze_parameters
 from ..loading import ModelArguments, default_device
-from ..settings import check_at_least, check_choice, setting
+from ..settings import Count, CountFromZero, Decay, NotNegative, check_choice, check_ranges, setting
 from ..sources import kind_of, load_split
 from ..weights import weights_digest
 from .file import Curvature, save_curvature
@@ -67,14 +67,14 @@ class CurvatureArguments(ModelArguments):
     dataset_config: str | None = setting(None, "Configuration of a --dataset with several: retain90, ...")
     split: str = setting("train", "Its split; a file has but one.")
     kind: str = setting("kronecker", "kronecker (matrices, and the diagonal of all parameters) or diagonal alone.")
-    rank: int | None = setting(None, "Eigenvectors that are kept of each factor, >= 1; by default all.")
+    rank: Count | None = setting(None, "Eigenvectors that are kept of each factor, >= 1; by default all.")
     estimator: str = setting("empirical_fisher", f"Of squared gradients: {' or '.join(SQUARES)}.")
-    label_smoothing: float = setting(0.1, "Of empirical_fisher's labels, in [0, 1).")
-    num_rows: int | None = setting(None, "So many rows, drawn by --seed, stand for all; by default all.")
-    batch_size: int = setting(8, "Rows in a forward of one process, >= 1.")
-    estimate_size: int = setting(32, "Rows of one squared gradient of the diagonal, over all processes, >= 1.")
-    max_length: int | None = setting(None, "Longest row in tokens; by default the model's.")
-    chunk_length: int | None = setting(
+    label_smoothing: Decay = setting(0.1, "Of empirical_fisher's labels, in [0, 1).")
+    num_rows: Count | None = setting(None, "So many rows, drawn by --seed, stand for all; by default all.")
+    batch_size: Count = setting(8, "Rows in a forward of one process, >= 1.")
+    estimate_size: Count = setting(32, "Rows of one squared gradient of the diagonal, over all processes, >= 1.")
+    max_length: Count | None = setting(None, "Longest row in tokens; by default the model's.")
+    chunk_length: Count | None = setting(
         None, f"Tokens of a chunk of plain text; by default {CHUNK_LENGTH}, or what the model takes."
     )
     prompt_template: str | None = setting(None, "As in training, with {question}, {answer}.")
@@ -88,23 +88,20 @@ class CurvatureArguments(ModelArguments):
         kw_only=True,
     )
     device: str | None = setting(None, "cpu, cuda:1, ...; by default a GPU if there is one, one for each process.")
-    layers_at_once: int | None = setting(
+    layers_at_once: Count | None = setting(
         None, "Matrices whose sums are in memory at once, >= 1, at two passes over the rows each; by default all."
     )
-    seed: int = setting(0, "Of the sample of rows, and of signs or labels.")
-    save_minutes: float = setting(10.0, "Minutes between two savings of the progress, >= 0; 0 is after each estimate.")
+    seed: CountFromZero = setting(0, "Of the sample of rows, and of signs or labels.")
+    save_minutes: NotNegative = setting(
+        10.0, "Minutes between two savings of the progress, >= 0; 0 is after each estimate."
+    )
     overwrite: bool = setting(False, "Whether to replace a finished file, or another measurement's progress.")
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("kind", self.kind, KINDS)
         check_choice("estimator", self.estimator, SQUARES)
-        counts = ("rank", "num_rows", "batch_size", "estimate_size", "layers_at_once")
-        check_at_least(1, **{name: getattr(self, name) for name in counts})
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"`label_smoothing` must be in [0, 1), but it is {self.label_smoothing}.")
-        if not self.save_minutes >= 0:
-            raise ValueError(f"`save_minutes` must be >= 0, but it is {self.save_minutes}.")
+        check_ranges(self)
 
     @property
     def progress(self) -> Path:

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from ..engines import Engine
 from ..formats import end_of_turn, longest_row
 from ..reference import eval_mode
-from ..settings import check_at_least
+from ..settings import Count, CountFromZero, Positive, Share, check_ranges
 
 
 # What numbers are drawn for: the same row draws others for another purpose.
@@ -54,19 +54,14 @@ class SamplingConfig:
         ValueError: If a value is out of its range.
     """
 
-    temperature: float = field(default=1.0, metadata={"help": "Over 0; 1 is the model's own distribution."})
-    top_p: float = field(default=1.0, metadata={"help": "Only the most probable tokens of this share, in (0, 1]."})
-    max_new_tokens: int = field(default=200, metadata={"help": "Longest text that the model writes, in tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Rows that are written at once."})
-    seed: int = field(default=0, metadata={"help": "Seed of what is drawn."})
+    temperature: Positive = field(default=1.0, metadata={"help": "Over 0; 1 is the model's own distribution."})
+    top_p: Share = field(default=1.0, metadata={"help": "Only the most probable tokens of this share, in (0, 1]."})
+    max_new_tokens: Count = field(default=200, metadata={"help": "Longest text that the model writes, in tokens."})
+    batch_size: Count = field(default=16, metadata={"help": "Rows that are written at once."})
+    seed: CountFromZero = field(default=0, metadata={"help": "Seed of what is drawn."})
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be over 0, but it is {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be in (0, 1], but it is {self.top_p}.")
-        check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        check_at_least(0, seed=self.seed)
+        check_ranges(self)
 
 
 class Sampled(NamedTuple):
