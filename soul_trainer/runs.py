@@ -60,6 +60,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         if not self.is_resumed:
             make_way(self.run_folder, self.args.overwrite, self.is_world_process_zero())
             self.accelerator.wait_for_everyone()
+        if not self.is_resumed:  # else a checkpoint brings others
+            engines.check_weights(self, self.engine)
         self.precision.widen(self.model)  # which a former run has turned back
         if self.model_init is not None:
             self.engine = self._interrupt.engine = engines.make_engine(self.accelerator, self.model)
@@ -77,6 +79,7 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         """Finishes the weights, turns them back to the dtype that they came in, and marks the run as finished."""
         if self.objectives.any("is_negated"):
             self.reference.negate(self.args.task_vector_scale)
+        engines.check_weights(self, self.engine)
         if not self.engine.shards:
             self.precision.narrow(self.model)
         if self.is_world_process_zero():

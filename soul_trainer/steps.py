@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .batch import ForgetRetainBatch, select_rows
-from .engines import MOST_OVERFLOWS, GradientError, find_soul, save_checkpoint
+from .engines import MOST_OVERFLOWS, GradientError, find_soul, save_checkpoint, stop_at_gradient
 from .optim import Soul
 from .perturbation import Perturbation
 from .random_state import forked_rng
@@ -136,12 +136,16 @@ class StepMixin(Trainer):
             # What overflowed is logged once.
             with nullcontext() if attempt == 0 else self._losses_not_logged():
                 self._forget_loss = sum(self._forget_passes(parts, counts, self._perturbed))
+            if not self.engine.has_finite_gradients(self.optimizer):
+                stop_at_gradient(self)
             is_done = self.engine.fold(
                 self.optimizer, Soul.forget_gradient, self.args.max_grad_norm, self.model_wrapped
             )
             self.model_wrapped.zero_grad()
             if is_done:
                 return
+            if self.engine.step_was_lost():
+                stop_at_gradient(self)
         raise GradientError(
             "The gradient of the forget loss overflows float16 at every loss scale. "
             f"{save_checkpoint(self)} holds the state before it."

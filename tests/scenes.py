@@ -70,6 +70,16 @@ def scene_trainer(output_dir, model=None, trainer_arguments: dict | None = None,
     )
 
 
+def spoil(model, word: str):
+    """Has the model give no number wherever a word is, while its weights stay finite; `.remove()` heals it."""
+    place = scene_tokenizer().convert_tokens_to_ids(word)
+
+    def put_nan(module, arguments, output):
+        return output.masked_fill((arguments[0] == place).unsqueeze(-1), float("nan"))
+
+    return model.get_input_embeddings().register_forward_hook(put_nan)
+
+
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of a model's weights."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

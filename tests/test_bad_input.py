@@ -13,6 +13,7 @@ from scenes import (
     scene_model,
     scene_tokenizer,
     scene_trainer,
+    spoil,
     weights,
 )
 from transformers import AutoModelForCausalLM, Seq2SeqTrainingArguments
@@ -25,13 +26,12 @@ from soul_trainer.formats import prepare
 @pytest.mark.parametrize("half", ["forget", "retain"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, half):
     """Would catch weights that become NaN for good, and an error that does not say which row."""
-    # A token of one row alone, with an infinite embedding.
+    # A word of one row alone, at which the model gives no number.
     row = 3 if half == "forget" else 5
     rows = {"forget": [dict(r) for r in FORGET], "retain": [dict(r) for r in RETAIN]}
     rows[half][row]["question"] += " that"
     tokenizer, model = scene_tokenizer(), scene_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("that")] = float("nan")
+    spoil(model, "that")
     trainer = scene_trainer(tmp_path, model=model, forget_loss="ga", hessian_data="training", hessian_interval=1,
                             hessian_estimator="empirical_fisher", num_train_epochs=4)  # fmt: skip
     trainer.train_dataset.forget = prepare(rows["forget"], tokenizer, 64)
@@ -39,14 +39,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, half):
     with pytest.raises(FloatingPointError, match=rf"loss is not finite at row {row} of `{half}_dataset`"):
         trainer.train()
     checkpoint = tmp_path / f"checkpoint-{trainer.state.global_step}"
-    assert largest_finite(weights(AutoModelForCausalLM.from_pretrained(checkpoint))) < 10
+    saved = weights(AutoModelForCausalLM.from_pretrained(checkpoint))
+    assert all(float(tensor.abs().max()) < 10 for tensor in saved.values())
     assert (checkpoint / "optimizer.pt").exists()
-
-
-def largest_finite(tensors: dict[str, torch.Tensor]) -> float:
-    """The largest finite weight; the one row that the test spoilt is the only one that is not."""
-    assert sum(int((~tensor.isfinite()).any(-1).sum()) for tensor in tensors.values()) == 1
-    return max(float(tensor[tensor.isfinite()].abs().max()) for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -100,13 +95,13 @@ def test_a_refresh_that_is_not_finite_leaves_the_hessian_alone(tmp_path, estimat
     rows = [dict(row) for row in RETAIN]
     rows[5]["question"] += " that"
     tokenizer, model = scene_tokenizer(), scene_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("that")] = float("nan")
+    spoil(model, "that")
     settings = {"hessian_estimator": estimator, "hessian_batch_size": len(rows)}
     trainer = UnlearnTrainer(model, scene_config(tmp_path, **settings), FORGET, rows, tokenizer)
     with pytest.raises(FloatingPointError, match="refresh is not finite at row 5 of `retain_dataset`.*checkpoint-0"):
         trainer.train()
-    assert largest_finite(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-0"))) < 10
+    saved = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-0"))
+    assert all(float(tensor.abs().max()) < 10 for tensor in saved.values())
     assert not find_soul(trainer.optimizer).state
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -116,11 +111,8 @@ def test_a_resume_from_a_stopped_step_refreshes_once(tmp_path):
     whole = scene_trainer(tmp_path / "whole", forget_loss="ga")
     whole.train()
     tokenizer, stopped = scene_tokenizer(), scene_trainer(tmp_path / "stopped", forget_loss="ga")
-    good, embedding = stopped.train_dataset.forget, stopped.model.get_input_embeddings()
-    ids = tokenizer.convert_tokens_to_ids("that")
-    with torch.no_grad():
-        kept = embedding.weight[ids].clone()
-        embedding.weight[ids] = float("nan")
+    good = stopped.train_dataset.forget
+    spoil(stopped.model, "that")
     bad = [{**row, "question": row["question"] + " that"} for row in FORGET]
     stopped.train_dataset.forget = prepare(bad, tokenizer, 64)
     with pytest.raises(FloatingPointError):
@@ -128,12 +120,7 @@ def test_a_resume_from_a_stopped_step_refreshes_once(tmp_path):
     stopped.train_dataset.forget = good
     resumed = scene_trainer(tmp_path / "stopped", forget_loss="ga")
     resumed.train(resume_from_checkpoint=True)
-    with torch.no_grad():
-        resumed.model.get_input_embeddings().weight[ids] = kept
-    after, wanted = weights(resumed.model), weights(whole.model)
-    for name in after:
-        if "embed" not in name and "head" not in name:
-            assert torch.equal(after[name], wanted[name]), name
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
 
 
 def test_an_adapter_that_lengthens_the_sequence_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from scenes import FORGET, largest_difference, logged, scene_config, scene_model, scene_trainer, weights
+from scenes import FORGET, largest_difference, logged, scene_config, scene_model, scene_trainer, spoil, weights
 from toys import ToyLM
 
 from soul_trainer.engines import trained_parameters
@@ -226,8 +226,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_a_checkpoint(tmp_path)
 def test_rows_whose_loss_is_not_finite_are_named(tmp_path):
     """Would catch a first pass with an error path of its own."""
     trainer = scene_trainer(tmp_path, sam_radius=0.3)
-    with torch.no_grad():
-        trainer.model.lm_head.weight.fill_(float("nan"))
+    spoil(trainer.model, "Mara")
     with pytest.raises(FloatingPointError, match="row .* of `forget_dataset`.*checkpoint-0 holds the state before"):
         trainer.train()
 

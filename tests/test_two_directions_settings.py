@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
-from scenes import FORGET, RETAIN, largest_difference, scene_model, scene_tokenizer, scene_trainer, weights
+from scenes import FORGET, RETAIN, largest_difference, scene_model, scene_tokenizer, scene_trainer, spoil, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from soul_trainer import Sophia, UnlearnConfig
@@ -197,9 +197,7 @@ def spoilt_trainer(folder, half, row, **settings):
     rows = {"forget": [dict(r) for r in FORGET], "retain": [dict(r) for r in RETAIN]}
     rows[half][row]["question"] += " that"
     trainer = scene_trainer(folder, **settings)
-    embedding, place = trainer.model.get_input_embeddings(), scene_tokenizer().convert_tokens_to_ids("that")
-    with torch.no_grad():
-        embedding.weight[place] = float("nan")
+    spoil(trainer.model, "that")
     trainer.train_dataset.forget = prepare(rows["forget"], scene_tokenizer(), 64)
     trainer.train_dataset.retain = prepare(rows["retain"], scene_tokenizer(), 64)
     return trainer
@@ -241,5 +239,4 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_the_step(tmp_path, ha
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     kept = sorted(tuple(value["exp_avg_forget"].flatten().tolist()) for value in state.values())
     assert kept == sorted(tuple(value.flatten().tolist()) for value in saved[steps].values())
-    finite = [value.isfinite().all() for name, value in weights(stopped.model).items() if "embed" not in name]
-    assert all(finite)
+    assert all(value.isfinite().all() for value in weights(stopped.model).values())

@@ -8,12 +8,13 @@ from .forgotten import UntilForgottenCallback
 from .hessian import HessianCallback
 from .mask import MaskCallback
 from .primal_dual import PrimalDualCallback
-from .running import InterruptCallback, PairingCallback
+from .running import FiniteCallback, InterruptCallback, PairingCallback
 from .stopping import UnlearningStoppingCallback, gold_forget_loss
 from .watch import WatchCallback
 
 
 __all__ = [
+    "FiniteCallback",
     "HessianCallback",
     "InterruptCallback",
     "MaskCallback",
@@ -37,7 +38,7 @@ def callbacks_for(trainer: Trainer, retain: Dataset, forget: Dataset) -> list[Tr
         forget ([`~datasets.Dataset`]): Likewise.
     """
     args = trainer.args
-    callbacks = [PairingCallback(trainer.train_dataset)]
+    callbacks = [PairingCallback(trainer.train_dataset), FiniteCallback(trainer)]
     if args.retain_weight_schedule == "primal_dual":
         callbacks.append(PrimalDualCallback(trainer))
     if args.weight_mask != "none":

@@ -127,8 +127,19 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         except FloatingPointError as error:
             checkpoint = save_checkpoint(self.trainer)
             raise FloatingPointError(f"{error} {checkpoint} holds the state before it.") from None
+        self._warn_of_kept_out()
         self.last_refresh = step
         self.refresh_seconds = time.perf_counter() - start
+
+    def _warn_of_kept_out(self) -> None:
+        soul = find_soul(self.trainer.optimizer)
+        num_here, soul.num_kept_out = int(soul.num_kept_out), 0
+        if num_here:
+            logger.warning(
+                f"The estimate of the Hessian is not finite at {num_here} weights of this process, which keep the "
+                "Hessian that they had: their gradient is too large to be squared. Look at the rows of "
+                f"`hessian_data`={self.settings.hessian_data!r}."
+            )
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Remembers the learning rates of the step, which the scheduler changes before the step is logged."""

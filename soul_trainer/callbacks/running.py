@@ -1,12 +1,12 @@
-"""What keeps a run in order: the epoch of its pairing, the stop at an interrupt."""
+"""What keeps a run in order: the epoch of its pairing, the stop at an interrupt or at what is not finite."""
 
 import signal
 import threading
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..engines import Engine
+from ..engines import Engine, make_engine, stop_at_gradient
 from ..pairing import PairedDataset
 
 
@@ -28,6 +28,33 @@ class PairingCallback(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Chooses the pairing of the epoch that begins or, after a resume, goes on."""
         self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class FiniteCallback(TrainerCallback):
+    """
+    Stops training before a step whose gradient is not finite.
+
+    Args:
+        trainer ([`UnlearnTrainer`]): The trainer that it is added to.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.engine = make_engine(trainer.accelerator, trainer.model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ) -> None:
+        """Looks at the gradients that the step would be of."""
+        if not self.engine.has_finite_gradients(optimizer):
+            stop_at_gradient(self.trainer)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        """Looks whether an engine with its own way of finding them has left the step out."""
+        if self.engine.step_was_lost():
+            stop_at_gradient(self.trainer)
 
 
 class InterruptCallback(TrainerCallback):

@@ -22,7 +22,7 @@ from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, 
 from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
 from .deepspeed import DeepSpeedEngine
 from .fsdp import FSDP2Engine, is_sharded
-from .hooks import rows_per_forward, save_checkpoint, stop_at_rows
+from .hooks import check_weights, rows_per_forward, save_checkpoint, stop_at_gradient, stop_at_rows
 from .saving import SavedDtypeMixin, keeper_of_weights, set_bf16
 from .trials import TrialMixin
 
@@ -38,6 +38,7 @@ __all__ = [
     "check_engine",
     "check_estimator",
     "check_trainer",
+    "check_weights",
     "damage_of",
     "find_soul",
     "keeper_of_weights",
@@ -46,6 +47,7 @@ __all__ = [
     "rows_per_forward",
     "save_checkpoint",
     "set_bf16",
+    "stop_at_gradient",
     "stop_at_rows",
     "trained_parameters",
     "whole_checkpoint",

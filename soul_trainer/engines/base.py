@@ -1,5 +1,6 @@
 """What unlearning asks of an engine, and the answer of one process and of DistributedDataParallel."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -239,6 +240,34 @@ class Engine:
         finally:
             state._set_sync_gradients(sync_gradients)
         return not optimizer.step_was_skipped
+
+    def has_finite_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the gradients of a step are finite, on every process; those of float16 are left to its scaler."""
+        if self.accelerator is not None and self.accelerator.scaler is not None:
+            return True
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return self._are_finite(self.local({"": gradient})[""] for gradient in gradients)
+
+    def has_finite_weights(self, model: torch.nn.Module) -> bool:
+        """Whether all that training changes of the model is finite, on every process."""
+        return self._are_finite(self.local_weights(model))
+
+    def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """One pass over the tensors, and one number that is read from the device."""
+        device = self.accelerator.device if self.accelerator else None
+        by_device = defaultdict(list)
+        for tensor in tensors:
+            if tensor.numel():
+                by_device[tensor.device].append(tensor)
+        # The largest absolute value is NaN or infinite where any value is.
+        largest = [torch.stack(torch._foreach_norm(each, torch.inf)).float().sum() for each in by_device.values()]
+        total = torch.stack([each.to(device or largest[0].device) for each in largest]).sum() if largest else None
+        count = torch.zeros((), dtype=torch.long, device=device) if total is None else (~total.isfinite()).long()
+        return not (self.sum(count) if self.shards else count)
+
+    def step_was_lost(self) -> bool:
+        """Whether the engine has left out the step that the optimizer was asked for, for no reason of float16's."""
+        return False
 
     def holds_whole(self, model: torch.nn.Module) -> bool:
         """Whether this process has whole weights, as a hash of them needs."""

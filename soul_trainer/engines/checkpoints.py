@@ -49,13 +49,21 @@ def whole_checkpoint(resume_from_checkpoint: str | bool, args: TrainingArguments
                 "earlier one, or True for the newest that is whole."
             )
         return str(resume_from_checkpoint)
-    folders = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    newest = newest_checkpoint(args.output_dir)
+    if newest is None:
+        raise ValueError(f"`resume_from_checkpoint=True` found no whole checkpoint in {args.output_dir!r}.")
+    return newest
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end, if there is one; a warning names those that are skipped."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         damage = damage_of(folder)
         if damage is None:
             return str(folder)
         logger.warning(f"{folder} is skipped, because it was not written to its end: {damage}.")
-    raise ValueError(f"`resume_from_checkpoint=True` found no whole checkpoint in {args.output_dir!r}.")
+    return None
 
 
 def damage_of(folder: str | Path) -> str | None:

@@ -77,13 +77,9 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             "`optimizers` steps one model, and `model_init` makes another for each training: leave one out."
         )
+    _check_batches(trainer, engine)
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        raise ValueError(
-            f"`train_sampling_strategy={args.train_sampling_strategy!r}` sorts rows by their lengths, and here a pair "
-            "is drawn, whose retain row is another in each epoch: use 'random' or 'sequential'."
-        )
     adapters = getattr(trainer.model, "peft_config", {}).values()
     num_layers = getattr(trainer.model.config.get_text_config(), "num_hidden_layers", None)
     if trainer.objectives.any("needs_hidden_states") and num_layers is not None and args.rmu_layer >= num_layers:
@@ -119,6 +115,21 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
             "process or DistributedDataParallel."
+        )
+
+
+def _check_batches(trainer: Trainer, engine: Engine) -> None:
+    args, num_pairs = trainer.args, len(trainer.train_dataset)
+    num_rows = args.train_batch_size * engine.num_processes
+    if args.dataloader_drop_last and num_pairs < num_rows:
+        raise ValueError(
+            f"`dataloader_drop_last` leaves out a batch that is not full, and the only one has {num_pairs} of "
+            f"{num_rows} rows, so that no step would be taken: leave it out, or lower `per_device_train_batch_size`."
+        )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` sorts rows by their lengths, and here a pair "
+            "is drawn, whose retain row is another in each epoch: use 'random' or 'sequential'."
         )
 
 

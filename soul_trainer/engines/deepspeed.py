@@ -77,6 +77,14 @@ class DeepSpeedEngine(Engine):
             for name, value in counters.items():
                 setattr(engine, name, value)
 
+    def has_finite_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Left to DeepSpeed, which has the gradients, and leaves out a step of such: [`step_was_lost`] tells."""
+        return True
+
+    def step_was_lost(self) -> bool:
+        """Whether it left out the last step, though float16 is not at work."""
+        return not self.deepspeed.fp16_enabled() and not self.deepspeed.was_step_applied()
+
     def holds_whole(self, model: torch.nn.Module) -> bool:
         """Up to stage 2, and before stage 3 has partitioned them."""
         return not any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())

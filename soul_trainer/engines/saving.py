@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..precision import Precision
 from ..records import write_whole
 from .fsdp import is_sharded
+from .hooks import check_weights
 
 
 def keeper_of_weights(args: TrainingArguments, model: torch.nn.Module) -> str | None:
@@ -58,6 +59,7 @@ class SavedDtypeMixin(Trainer):
     _writes_checkpoint = False
 
     def _save_checkpoint(self, model: torch.nn.Module, trial) -> None:
+        check_weights(self, self.engine)
         self._writes_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)

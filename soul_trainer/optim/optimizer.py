@@ -126,6 +126,8 @@ class Soul(Optimizer):
         self._stepped: dict[Tensor, dict] = {}
         # Those that ever had a gradient here.
         self._reached: set[Tensor] = set()
+        # Elements of Hessians that a refresh left as they were, because its estimate was not finite there.
+        self.num_kept_out: Tensor | int = 0
 
     @property
     def matrices(self) -> Mapping[str, MatrixCurvature]:
@@ -365,6 +367,13 @@ class Soul(Optimizer):
         added = torch._foreach_mul(gradients_of(bucket), 1 - beta1)
         accumulate(averages, beta1, added)
 
+    def _keep_out(self, hessians: list[Tensor], added: list[Tensor], decay: float) -> None:
+        """Has what is not finite change nothing: an infinite `h` would freeze a weight for good."""
+        for hessian, estimate in zip(hessians, added):
+            is_bad = ~estimate.isfinite()
+            self.num_kept_out = self.num_kept_out + is_bad.sum()
+            estimate.copy_(torch.where(is_bad, hessian.to(estimate.dtype) * (1 - decay), estimate))
+
     def _fold(self, bucket: Bucket, scale: float, decay: float, square: bool) -> None:
         if not self._rule(bucket.group).has_hessian:
             raise ValueError(f"`rule`={bucket.group['rule']!r} keeps no Hessian: there is nothing to refresh.")
@@ -372,7 +381,9 @@ class Soul(Optimizer):
         estimates = torch._foreach_mul(gradients, gradients) if square else gradients
         # h <- decay h + (1 - decay) scale estimate
         added = torch._foreach_mul(estimates, scale * (1 - decay))
-        accumulate([state["hessian"] for state in bucket.states], decay, added)
+        hessians = [state["hessian"] for state in bucket.states]
+        self._keep_out(hessians, added, decay)
+        accumulate(hessians, decay, added)
         for state in bucket.states:
             state["hessian_weight"].mul_(decay).add_(1 - decay)
         self._updates.forget()
