@@ -126,7 +126,8 @@ class DeepSpeedEngine(Engine):
     def local_weights(self, model: torch.nn.Module) -> Iterable[Tensor]:
         """Whole weights up to stage 2, partitions in stage 3; not the float32 masters, which no forward reads."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return [parameter.ds_tensor.data if self.stage == 3 else parameter.data for parameter in trained]
+        # Stage 3 partitions them when the Trainer prepares the model.
+        return [getattr(parameter, "ds_tensor", parameter).data for parameter in trained]
 
     def forget_gathered(self, model: torch.nn.Module) -> None:
         """Partitions again, in stage 3, what a forward or the last step left gathered."""

@@ -1,9 +1,15 @@
 """A run is finished only if its gradients and its weights are finite and it took steps; else it says what is left."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from engine_jobs import DEEPSPEED, save_models
 from scenes import FORGET, RETAIN, largest_difference, scene_config, scene_model, scene_tokenizer, scene_trainer
 from scenes import weights as weights_of
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -118,3 +124,23 @@ def test_what_is_kept_out_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert f"not finite at {weight.numel()} weights of this process" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_gradient_of_one_process_stops_all_before_the_step(tmp_path, engine):
+    """Would catch an engine that steps by it, skips every step in silence, or stops one process while others wait."""
+    if engine in DEEPSPEED:
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    save_models(tmp_path / "models")
+    script = Path(__file__).parent / "number_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command += [engine, str(tmp_path), "npo", "two_directions"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    for job in ("npo", "two_directions"):
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{job}-{rank}.json").read_text(encoding="utf-8"))
+            assert "gradient is not finite in step 3, which was not taken" in (found["error"] or ""), found
+            assert found["steps"] == 2 and found["same"], found
+        assert (tmp_path / f"{engine}-{job}" / "checkpoint-2" / "trainer_state.json").exists()
