@@ -8,7 +8,7 @@ no use and is removed. Imports no torch.
 import json
 from pathlib import Path
 
-from .rows import write_whole
+from .rows import OWNER_ONLY, write_whole
 
 
 Key = tuple[str, int, str]
@@ -55,6 +55,7 @@ class Journal:
             gather([])
         self._path = path
         own = path.with_name(f"{path.name}.part-{process_index}")
+        own.touch(OWNER_ONLY)
         self._file = own.open("a", encoding="utf-8")
         if process_index:
             self._file.write(first_line + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 FORMAT = "soul_eval.rows/2"
+OWNER_ONLY = 0o600
 NUMBERS = ("answer_nll", "paraphrased_nll", "rougeL_recall", "rouge1_recall")
 _LIBRARIES = ("soul-trainer", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "rouge_score")
 
@@ -112,12 +113,23 @@ def check_rows(rows: Iterable[dict], where: str = "") -> None:
                         _check_number(each, f"{where}`{key}` of {_name(row)}")
 
 
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file under another name and renames it, so that no reader meets half of it."""
+def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER_ONLY) -> None:
+    """
+    Writes a file under another name and renames it, so that no reader meets half of it.
+
+    Args:
+        path (`str` or `os.PathLike`): The file. One that is there keeps its permissions.
+        content (`str` or `bytes`): What goes in.
+        mode (`int`, *optional*, defaults to `OWNER_ONLY`): Permissions of a new file: what is asked of a model, and
+            what it says, is of rows that must be forgotten.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    mode = path.stat().st_mode & 0o777 if path.exists() else mode
     temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 

@@ -30,7 +30,7 @@ from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.objectives import FORGET_LOSSES
-from soul_trainer.records import public_name, write_whole
+from soul_trainer.records import OWNER_ONLY, public_name, write_whole
 from soul_trainer.sources import load_texts
 
 
@@ -127,7 +127,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
     # What is asked of the text to keep is what is kept, and no other part of a large dataset.
     kept = folder / "retain_text.jsonl"
     if PartialState().is_main_process:
-        write_whole(kept, json_lines([{"text": text} for text in texts["retain"]]))
+        write_whole(kept, json_lines([{"text": text} for text in texts["retain"]]), OWNER_ONLY)
     PartialState().wait_for_everyone()
     asked = args.suite_arguments(str(kept))
     task = UnlearningTask(

@@ -31,7 +31,7 @@ from soul_recipes.rude_townsfolk import make_corpus, write_corpus
 from soul_recipes.small_classifier import train_classifier
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
-from soul_trainer.records import public_name, write_whole
+from soul_trainer.records import OWNER_ONLY, public_name, write_whole
 from soul_trainer.sources import load_split
 
 
@@ -128,7 +128,7 @@ def main(command_line: Sequence[str] | None = None) -> list[Run]:
     retain, held_out = Dataset.from_dict({"text": texts}).train_test_split(HELD_OUT, shuffle=False).values()
     asked_text = folder / "held_out_text.jsonl"
     if PartialState().is_main_process:
-        write_whole(asked_text, json_lines(held_out.to_list()))
+        write_whole(asked_text, json_lines(held_out.to_list()), OWNER_ONLY)
     PartialState().wait_for_everyone()
     target, gold = args.model, args.gold
     if not target:

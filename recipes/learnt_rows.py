@@ -70,7 +70,7 @@ def without(parts: Sequence[Dataset], excluded: Sequence[Dataset]) -> list[Datas
         raise ValueError(
             f"`exclude`: {len(strangers)} rows are not in `dataset` word for word, first row {row} of source {source}."
         )
-    kept = [part.filter(lambda row: _key(row) not in unwanted) for part in parts]
+    kept = [part.filter(lambda row: _key(row) not in unwanted, keep_in_memory=True) for part in parts]
     return [part for part in kept if len(part)]
 
 

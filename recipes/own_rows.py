@@ -15,7 +15,7 @@ from soul_eval.models import ModelArguments
 from soul_recipes.hub_layout import json_lines
 from soul_trainer import UnlearnConfig
 from soul_trainer.engines import Engine
-from soul_trainer.records import write_whole
+from soul_trainer.records import OWNER_ONLY, write_whole
 from soul_trainer.sampling import SamplingConfig, SelfGenerated, self_generated_rows
 from soul_trainer.sources import kind_of
 
@@ -116,7 +116,7 @@ def sampled_retain(
         retain = [row for place, row in enumerate(found.rows, start=1) if place % HELD_OUT_EVERY]
         if PartialState().is_main_process:
             for path, rows in zip(paths, (retain, held_out)):
-                write_whole(path, json_lines(rows))
+                write_whole(path, json_lines(rows), OWNER_ONLY)
             write_whole(record, json.dumps(former, indent=2) + "\n")
         PartialState().wait_for_everyone()
     dropped = "; ".join(f"{count} {reason}" for reason, count in former["dropped"].items())

@@ -20,7 +20,7 @@ from soul_eval.verdict import Verdict
 from soul_recipes import unlearn as recipe
 from soul_recipes.hub_layout import json_lines
 from soul_trainer.formats import render
-from soul_trainer.records import write_whole
+from soul_trainer.records import OWNER_ONLY, write_whole
 
 
 # What is asked about a name or a topic, beside the questions that the model thinks of itself.
@@ -258,7 +258,7 @@ def _as_source(source: object, path: Path) -> str:
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
             raise TypeError(f"Row {place} of `{path.stem}` must be a dict of columns, but it is {row!r}.")
-    write_whole(path, json_lines(rows))
+    write_whole(path, json_lines(rows), OWNER_ONLY)
     os.chmod(path, 0o600)
     return str(path)
 

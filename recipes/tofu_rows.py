@@ -136,7 +136,7 @@ class TofuRows:
 
     @staticmethod
     def _without(rows: Dataset, questions: set[str]) -> Dataset:
-        return rows.filter(lambda row: row["question"] not in questions)
+        return rows.filter(lambda row: row["question"] not in questions, keep_in_memory=True)
 
     def author_requests(self, num_requests: int) -> list[Request]:
         """The split to forget in so many parts of whole authors, which differ by one author at most."""

@@ -30,7 +30,7 @@ from soul_recipes.learnt_rows import ChunkArguments, tokenized
 from soul_recipes.own_rows import SampledRetainArguments, sampled_retain, without_shared
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
-from soul_trainer.records import public_name, write_whole
+from soul_trainer.records import OWNER_ONLY, public_name, write_whole
 from soul_trainer.sources import kind_of
 
 
@@ -88,7 +88,7 @@ def write_small_corpus(folder: Path, num_authors: int, seed: int) -> dict[str, s
         corpus = make_corpus(num_authors, seed=seed)
         for split, path in paths.items():
             rows = [{"question": row["question"], "answer": row["answer"]} for row in corpus[split]]
-            write_whole(path, json_lines(rows))
+            write_whole(path, json_lines(rows), OWNER_ONLY)
     PartialState().wait_for_everyone()
     return {split: str(path) for split, path in paths.items()}
 

@@ -60,7 +60,7 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     """
     `TrainingArguments` with what unlearning adds. Defaults that differ from `TrainingArguments`: `optim="soul"`,
     `learning_rate=None`, which [`UnlearnTrainer`] fills in as it does `retain_weight`, `num_train_epochs=5`,
-    `remove_unused_columns=False`.
+    `hub_strategy="end"`, `remove_unused_columns=False`.
 
     Raises:
         ValueError: If a loss, a schedule or an estimator is unknown (the known ones are listed), or a number is out of
@@ -93,6 +93,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         "model is saved in 16 bits. By default yes, but under DeepSpeed, which keeps float32 weights of its own, and "
         "for models that are quantized, or sharded while they are loaded.",
     )
+
+    hub_strategy: str = setting("end", "Kept end: what is pushed earlier still knows what is to be forgotten.")
 
     forget_loss: str = setting("npo", f"Loss on the rows to forget: {', '.join(FORGET_LOSSES)}.")
     retain_loss: str = setting("nll", f"Loss on the rows to retain: {', '.join(RETAIN_LOSSES)}.")
@@ -236,10 +238,10 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
                 "`forget_loss='task_vector'` takes back all that is learnt, and `retain_loss='nll'` would learn the "
                 "rows to retain: choose none, or kl or activations, which hold them where they are."
             )
-        if self.forget_loss == "task_vector" and self.push_to_hub and self.hub_strategy != HubStrategy.END:
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
-                f"`hub_strategy={self.hub_strategy.value!r}` would publish checkpoints, which have learnt what is to "
-                "be forgotten until `forget_loss='task_vector'` takes it back: set it to 'end'."
+                f"`hub_strategy={self.hub_strategy.value!r}` would publish checkpoints, which still know what is to "
+                "be forgotten, and the repository's history keeps them: set it to 'end'."
             )
         self._check_halves()
         if self.retain_weight_schedule == "primal_dual" and self.retain_loss == "none":

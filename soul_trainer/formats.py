@@ -22,6 +22,9 @@ from .sources import KINDS
 
 logger = logging.get_logger(__name__)
 
+# `datasets` keeps what it maps beside the rows' own files, where nobody would look for what must be forgotten.
+_NOT_CACHED = {"keep_in_memory": True, "load_from_cache_file": False}
+
 # Used for question/answer rows where the tokenizer has no chat template of its own.
 DEFAULT_PROMPT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 
@@ -160,7 +163,9 @@ def without_first_labels(dataset: Dataset, num_tokens: int, name: str) -> Datase
         first = places[num_tokens]
         return {"labels": [IGNORE_INDEX] * first + row["labels"][first:]}
 
-    return dataset.map(shorten, with_indices=True, desc=f"Skipping first tokens of {name}") if num_tokens else dataset
+    if not num_tokens:
+        return dataset
+    return dataset.map(shorten, with_indices=True, desc=f"Skipping first tokens of {name}", **_NOT_CACHED)
 
 
 def longest_row(max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -205,7 +210,7 @@ def prepare(
             return dataset
         _check_tokenized(dataset, max_length, name)
         kept = dataset.select_columns(["input_ids", "labels"])
-        return kept.map(lambda _, row: {"row": row}, with_indices=True, desc=f"Numbering {name}")
+        return kept.map(lambda _, row: {"row": row}, with_indices=True, desc=f"Numbering {name}", **_NOT_CACHED)
     if not any(columns.issuperset(kind) for kind in KINDS):
         raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {sorted(columns)}.")
 
@@ -218,7 +223,11 @@ def prepare(
             raise ValueError(f"Row {index} of `{name}`: {error}") from error
 
     tokenized = dataset.map(
-        tokenize, with_indices=True, remove_columns=dataset.column_names, desc=f"Tokenizing {name}"
+        tokenize,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        desc=f"Tokenizing {name}",
+        **_NOT_CACHED,
     )
     num_cut = sum(len(ids) == max_length and ids[-1] != tokenizer.eos_token_id for ids in tokenized["input_ids"])
     if num_cut:

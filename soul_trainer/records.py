@@ -19,6 +19,7 @@ from .soul_settings import SOUL_NAMES, SoulArguments
 
 
 RUN_FILE = "unlearning.json"
+OWNER_ONLY = 0o600  # of files with rows
 _TAGS = ("machine-unlearning", "soul-trainer")
 # In a model card, what follows was written after training, and stays.
 _SECTION_END = "<!-- soul-trainer: end -->"
@@ -34,11 +35,20 @@ _TRAINING_SETTINGS = (
 )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file under another name and renames it, so that no reader meets half of it."""
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """
+    Writes a text file under another name and renames it, so that no reader meets half of it.
+
+    Args:
+        path (`Path`): The file.
+        text (`str`): What goes in.
+        mode (`int`, *optional*, defaults to `0o644`): Permissions, less the umask: `OWNER_ONLY` for rows.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
     os.replace(temporary, path)
 
 

@@ -21,6 +21,7 @@ from .engines import Engine
 from .log_probs import LEAST_LOG_PROB, answer_chunks, shift_labels, token_log_probs
 from .objectives import Objectives
 from .pairing import PairedDataset
+from .records import OWNER_ONLY
 from .reference import eval_mode
 from .scratch import reference_folder
 
@@ -172,6 +173,7 @@ def add_top_tokens(dataset: Dataset, num_tokens: int, folder: Path, forward: Row
         new_fingerprint=secrets.token_hex(8),  # of the function's pickle otherwise, and so of the model
         desc="Reference distributions" if forward.show_progress else None,
     )
+    Path(own_folder, "rows.arrow").chmod(OWNER_ONLY)
     weakref.finalize(added, shutil.rmtree, own_folder, ignore_errors=True)
     return added, sum(masses) / len(masses)
 

@@ -63,13 +63,6 @@ def test_an_adapter_that_is_more_than_a_product_is_refused(tmp_path, settings):
         make_trainer(tmp_path, forget_loss="task_vector", retain_loss="none", peft_config=adapter)
 
 
-def test_checkpoints_that_have_learnt_are_not_published(tmp_path):
-    """Would catch a model that knows the rows to forget better than before, on the hub at every save."""
-    settings = {"forget_loss": "task_vector", "retain_loss": "none", "push_to_hub": True, "hub_model_id": "a/b"}
-    with pytest.raises(ValueError, match="`hub_strategy='every_save'` would publish.*set it to 'end'"):
-        make_trainer(tmp_path, **settings)
-
-
 def test_a_task_vector_of_the_retain_rows_is_refused(tmp_path):
     """Would catch rows to retain that are learnt beside those to forget, and so forgotten with them."""
     with pytest.raises(ValueError, match="`retain_loss='nll'` would learn the rows to retain: choose none"):

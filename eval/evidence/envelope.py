@@ -139,7 +139,8 @@ def new_key(path: str | os.PathLike) -> Path:
     key, encoding = ed25519.Ed25519PrivateKey.generate(), serialization.Encoding.PEM
     secret = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_private(private, secret.decode())
-    write_whole(public, key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo))
+    content = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    write_whole(public, content, mode=0o644)
     return public
 
 

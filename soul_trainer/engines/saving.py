@@ -66,7 +66,20 @@ class SavedDtypeMixin(Trainer):
         finally:
             self._writes_checkpoint = False
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer`]'s, which also pushes; a model whose weights are not finite is neither."""
+        check_weights(self, self.engine)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The Trainer pickles its arguments beside the model, and uploads what is there.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            self._save_in_dtype(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+    def _save_in_dtype(self, output_dir: str | None, state_dict: dict | None) -> None:
         if self.precision is None or not self.precision.dtypes:
             super()._save(output_dir, state_dict)
             return
