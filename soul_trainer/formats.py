@@ -10,13 +10,14 @@ Rows to tokens. Four kinds of row are understood, told apart by their columns:
 """
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
+from .inputs import as_dataset
 from .sources import KINDS
 
 
@@ -170,14 +171,16 @@ def without_first_labels(dataset: Dataset, num_tokens: int, name: str) -> Datase
 
 def longest_row(max_length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """`max_length` or, without, as many tokens as the model takes; a `ValueError` if it takes less."""
-    longest = min(getattr(model.config, "max_position_embeddings", None) or 2**30, tokenizer.model_max_length)
+    # A model of several parts, as one that sees, keeps the length of its texts with the part that reads them.
+    config = model.config.get_text_config()
+    longest = min(getattr(config, "max_position_embeddings", None) or 2**30, tokenizer.model_max_length)
     if max_length is not None and max_length > longest:
         raise ValueError(f"`max_length`={max_length} is over the model's {longest} positions: lower it.")
     return max_length or longest
 
 
 def prepare(
-    dataset: Dataset | list[dict],
+    dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     prompt_template: str | None = None,
@@ -187,7 +190,7 @@ def prepare(
     Tokenizes a dataset once.
 
     Args:
-        dataset ([`~datasets.Dataset`] or `list[dict]`):
+        dataset ([`~datasets.Dataset`], `list[dict]` or whatever [`~inputs.as_dataset`] takes):
             Rows of one of the four kinds, or rows that already have `input_ids` and `labels`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         max_length (`int`, *optional*): See [`encode`]. Shortened answers are counted in a warning.
@@ -201,7 +204,7 @@ def prepare(
     Raises:
         ValueError: If it is empty, a column is missing, or a row has no answer; bad rows are named.
     """
-    dataset = Dataset.from_list(dataset) if isinstance(dataset, list) else dataset
+    dataset = as_dataset(dataset, name)
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: it needs at least one row.")
     columns = set(dataset.column_names)

@@ -12,6 +12,7 @@ from . import engines
 from .callbacks import callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
 from .freezing import freeze_parameters
+from .inputs import check_model
 from .lora import adapter_reach
 from .objectives import parameters_of_layers
 from .precision import choose_precision
@@ -132,6 +133,7 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
     def made_ready(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """The model with the adapter of `peft_config`, frozen and in a precision as the settings say."""
         args = self.args
+        check_model(model)
         if self.peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError(

@@ -20,6 +20,7 @@ from .collator import UnlearnCollator
 from .config import CURVATURE, UnlearnConfig
 from .formats import longest_row, prepare
 from .halves import count_answers
+from .inputs import check_ids
 from .objectives import Objectives, l1_norm
 from .pairing import make_pairs, warn_of_common_rows
 from .reference import Reference, forward_halves, needs_model
@@ -82,7 +83,9 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             prepare, tokenizer=processing_class, max_length=max_length, prompt_template=args.prompt_template
         )
         forget = self._tokenize(forget_dataset, name="forget_dataset")
+        check_ids(forget, model, "forget_dataset")
         retain = forget.select(()) if retain_dataset is None else self._tokenize(retain_dataset, name="retain_dataset")
+        check_ids(retain, model, "retain_dataset")
         warn_of_common_rows(forget, retain)
         with self.resume_allowed(model, args):
             super().__init__(

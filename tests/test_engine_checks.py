@@ -7,7 +7,7 @@ import torch
 from accelerate import DistributedType, ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin
 from peft import LoraConfig
-from scenes import scene_config, scene_model, scene_trainer
+from scenes import FORGET, scene_config, scene_model, scene_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
@@ -95,8 +95,8 @@ def test_estimators_and_losses_that_need_whole_weights_are_refused(tmp_path, mon
     """Would catch a Hutchinson estimate, or a sum of absolute weights, of one process's part."""
     sharded = FSDP2Engine(SimpleNamespace(num_processes=1, process_index=0))
     with pytest.raises(ValueError, match="hutchinson.*Use gauss_newton_bartlett or empirical_fisher"):
-        check_estimator("hutchinson", sharded)
-    check_estimator("hutchinson", Engine())
+        check_estimator("hutchinson", sharded, TrainingArguments(str(tmp_path)))
+    check_estimator("hutchinson", Engine(), TrainingArguments(str(tmp_path)))
     monkeypatch.setattr(Engine, "shards", True)
     with pytest.raises(ValueError, match="`l1_weight` sums whole parameters"):
         scene_trainer(tmp_path, l1_weight=0.1)
@@ -138,7 +138,7 @@ def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_w
     model.weight, model.peft_config = sharded_weight, {"default": LoraConfig(use_dora=True)}
     args, model.config = scene_config(tmp_path), scene_model().config
     parts = {"args": args, "model": model, "objectives": Objectives.named("npo", "nll")}
-    trainer = SimpleNamespace(**parts, optimizer=None, model_init=None, compute_loss_func=None)
+    trainer = SimpleNamespace(**parts, train_dataset=FORGET, optimizer=None, model_init=None, compute_loss_func=None)
     with pytest.raises(ValueError, match="leave `use_dora` out"):
         check_trainer(trainer, Engine())
     model.peft_config = {"default": LoraConfig()}

@@ -16,6 +16,7 @@ from ..curvature.file import check_model, load_curvature, load_matrices, save_ma
 from ..curvature.layers import LayerStatistics
 from ..curvature.measure import can_keep
 from ..engines import MOST_OVERFLOWS, KeptWithCheckpoint, check_estimator, find_soul, make_engine, save_checkpoint
+from ..inputs import check_ids, check_tokenized
 from ..optim import RULES
 from ..random_state import forked_rng
 from ..soul_settings import SoulArguments, parse_optim_args
@@ -59,9 +60,12 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         self.sources = sources[self.settings.hessian_data]
         if None in self.sources.values():
             raise ValueError(f"`hessian_data={self.settings.hessian_data!r}` needs the argument `forget`.")
+        for half, rows in self.sources.items():
+            check_tokenized(rows.column_names, half)
+            check_ids(rows, trainer.model, half)
         self.trainer = trainer
         self.engine = make_engine(trainer.accelerator, trainer.model)
-        check_estimator(self.settings.hessian_estimator, self.engine)
+        check_estimator(self.settings.hessian_estimator, self.engine, args)
         if self.settings.rule == "kronecker" and args.fp16 and not self.settings.curvature:
             raise ValueError(
                 "`rule='kronecker'` sums gradients of layers, which float16 scales: set `bf16`, or read a file of "

@@ -49,8 +49,14 @@ def check_rows_are_whole(accelerator: Accelerator) -> None:
             )
 
 
-def check_estimator(estimator: str, engine: Engine) -> None:
-    """Raises a `ValueError` if an estimator of the Hessian cannot run under an engine."""
+def check_estimator(estimator: str, engine: Engine, args: TrainingArguments) -> None:
+    """Raises a `ValueError` if an estimator of the Hessian cannot run under an engine, or as the settings have it."""
+    is_reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if estimator == "hutchinson" and is_reentrant:
+        raise ValueError(
+            "`hessian_estimator='hutchinson'` differentiates twice, which reentrant checkpoints cannot: set "
+            "`gradient_checkpointing_kwargs={'use_reentrant': False}`, or another estimator."
+        )
     if estimator == "hutchinson" and engine.shards:
         raise ValueError(
             "`hessian_estimator='hutchinson'` differentiates twice, which FSDP2 and DeepSpeed cannot: their weights "

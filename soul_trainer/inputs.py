@@ -1,0 +1,105 @@
+"""What a trainer is given, looked at where it comes in: a model that it can train, and rows that are the model's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedModel
+
+
+def check_model(model: object) -> None:
+    """
+    Checks that a model is a causal language model that is loaded.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As the trainer was given it.
+
+    Raises:
+        ValueError: If it is something else; the way out is named.
+    """
+    if isinstance(model, str):
+        raise ValueError(f"`model` is the string {model!r}: load it with `AutoModelForCausalLM.from_pretrained`.")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(f"`model` is a {kind} and no model of transformers: load one with AutoModelForCausalLM.")
+    if inner.config.is_encoder_decoder:
+        raise ValueError(
+            f"`model` is a {kind}, whose encoder reads the prompt apart from the answer: only causal language models "
+            "can be trained here (AutoModelForCausalLM)."
+        )
+    if inner.get_input_embeddings() is None or inner.get_output_embeddings() is None:
+        raise ValueError(f"`model` is a {kind}, which has no language-model head: load it with AutoModelForCausalLM.")
+
+
+def as_dataset(rows: Any, name: str) -> Dataset:
+    """
+    Rows of whatever holds them, as a dataset.
+
+    Args:
+        rows ([`~datasets.Dataset`], `Sequence[Mapping]`, `Mapping`, `pandas.DataFrame` or `torch.utils.data.Dataset`):
+            Rows, or columns by their names.
+        name (`str`): What errors call them.
+
+    Raises:
+        ValueError: If it is a dataset of several splits or one without a length, or holds something else.
+    """
+    if isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, (DatasetDict, IterableDatasetDict)):
+        splits = ", ".join(map(repr, rows))
+        raise ValueError(f"`{name}` has several splits, {splits}: give one of them, as dataset[{next(iter(rows))!r}].")
+    if isinstance(rows, (IterableDataset, torch.utils.data.IterableDataset)):
+        raise ValueError(
+            f"`{name}` is read in a stream and has no length, and rows are paired by their places: take as many as "
+            "you need, `Dataset.from_list(list(dataset.take(1000)))`."
+        )
+    if isinstance(rows, str):
+        raise ValueError(f"`{name}` is the string {rows!r}: load its rows, with `datasets.load_dataset`.")
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame
+        return Dataset.from_dict({str(column): rows[column].tolist() for column in rows.columns})
+    if isinstance(rows, Mapping):
+        return Dataset.from_dict(dict(rows))
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise ValueError(f"`{name}` is a {type(rows).__name__}: give a `datasets.Dataset` or a list of rows.")
+    rows = [rows[place] for place in range(len(rows))]
+    for place, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Row {place} of `{name}` must have columns, as a dictionary has, but it is {row!r:.60}.")
+    return Dataset.from_list([dict(row) for row in rows])
+
+
+def check_ids(rows: Dataset, model: PreTrainedModel, name: str) -> None:
+    """
+    Checks that the model knows every token.
+
+    Args:
+        rows ([`~datasets.Dataset`]): Tokenized rows.
+        model ([`~transformers.PreTrainedModel`]): The model that is to read them.
+        name (`str`): What errors call the rows.
+
+    Raises:
+        ValueError: If a token is beyond the model's embeddings, or is none; the row is named.
+    """
+    # An adapter may wrap the embeddings.
+    num_known = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
+    for place, ids in enumerate(rows["input_ids"] if len(rows) else ()):
+        values = np.asarray(ids)
+        if len(values) and not 0 <= values.min() <= values.max() < num_known:
+            worst = int(values.max() if values.max() >= num_known else values.min())
+            raise ValueError(
+                f"Row {place} of `{name}` has the token {worst}, and the model knows the tokens 0 to {num_known - 1}: "
+                "give the model's own tokenizer, or let the model grow first, with "
+                "`model.resize_token_embeddings(len(tokenizer))`."
+            )
+
+
+def check_tokenized(columns: Sequence[str], name: str) -> None:
+    """Raises a `ValueError` unless rows are tokens with labels."""
+    if not {"input_ids", "labels"} <= set(columns):
+        raise ValueError(
+            f"`{name}` needs rows of tokens, `input_ids` and `labels`, but it has {list(columns)}: "
+            "`soul_trainer.formats.prepare(rows, tokenizer)` makes them."
+        )
