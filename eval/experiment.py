@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.engines import Engine
+from soul_trainer.held_folder import hold_folder
 from soul_trainer.loading import is_adapter
 from soul_trainer.sampling import SamplingConfig, add_alternates
 from soul_trainer.soul_settings import SOUL_NAMES
@@ -282,6 +283,10 @@ class Experiment:
         Returns:
             `list[Run]`: The unlearned models.
         """
+        with hold_folder(self.folder, Engine(PartialState())):
+            return self._run(task)
+
+    def _run(self, task: UnlearningTask) -> list[Run]:
         comparison = self.compare(task)
         for optimizer, name in self.optimizers.items():
             config = self.settings(optimizer)

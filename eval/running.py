@@ -13,6 +13,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from soul_trainer.engines import Engine
+from soul_trainer.held_folder import hold_folder
 from soul_trainer.loading import default_device
 
 from .evaluation import ask
@@ -79,14 +80,21 @@ def run_suite(
         first.
 
     Raises:
-        ValueError: If the folder holds other results and `overwrite` is not set, or the reference is of other rows.
+        ValueError: If the folder holds other results and `overwrite` is not set or another command writes to it, or
+            the reference is of other rows.
     """
-    inputs = inputs or InputArguments()
+    engine = _engine(args)
+    with hold_folder(args.output, engine):
+        return _run_suite(suite, args, own, inputs or InputArguments(), engine)
+
+
+def _run_suite(
+    suite: Suite, args: EvalArguments, own: Any, inputs: InputArguments, engine: Engine | None
+) -> tuple[dict, list[dict]] | None:
     if args.general:
         if inputs.input_method != NONE:
             raise ValueError("lm-eval asks the model without `input_method`: leave out `general`, or that.")
         check_tasks(args.general.split(","), args.include_path)
-    engine = _engine(args)
     tokenizer = args.load_tokenizer(args.model)
     rows = [row for row in suite.load(own, tokenizer) if args.limit is None or row["index"] < args.limit]
     if not rows:

@@ -1,22 +1,24 @@
 """A run of a trainer: its model, what a former run has left, its folder and its model card. A search makes many."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import BestRun
+from transformers.trainer_utils import BestRun, TrainOutput
 from transformers.utils import logging
 
 from . import engines
 from .callbacks import callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
 from .freezing import freeze_parameters
+from .held_folder import check_alike, hold_folder
 from .inputs import check_model
 from .lora import adapter_reach
 from .objectives import parameters_of_layers
 from .precision import choose_precision
-from .records import Provenance, complete_model_card, make_way, read_model_card, record_run
+from .records import Provenance, complete_model_card, make_way, read_model_card, record_run, run_settings
 from .reference_rows import drop_from_rows
 
 
@@ -58,6 +60,7 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
     def begin_run(self) -> None:
         """Makes way in the folder, takes the settings up, and asks the model what must be known of it."""
         self.args.check()
+        check_alike(self.engine, self._facts())
         if not self.is_resumed:
             make_way(self.run_folder, self.args.overwrite, self.is_world_process_zero())
             self.accelerator.wait_for_everyone()
@@ -75,6 +78,21 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         # Before a checkpoint is loaded: the reference is the model that training began with.
         if not self.engine.shards:
             self.prepare_reference()
+
+    def _facts(self) -> dict[str, object]:
+        """What all processes must have alike."""
+        pairs = {"forget_dataset": self.train_dataset.forget, "retain_dataset": self.train_dataset.retain}
+        rows = {
+            name: hashlib.sha256(repr([half["input_ids"][:], half["labels"][:]]).encode()).hexdigest()
+            for name, half in pairs.items()
+            if half is not None and self.engine.num_processes > 1
+        }
+        return {**run_settings(self.args), **rows, "model": self.model.config.to_json_string()}
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As [`~transformers.Trainer`]'s, with the output folder to itself."""
+        with hold_folder(self.args.output_dir, self.engine):
+            return super().train(*args, **kwargs)
 
     def end_run(self, metrics: dict[str, float]) -> None:
         """Finishes the weights, turns them back to the dtype that they came in, and marks the run as finished."""

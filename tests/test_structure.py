@@ -30,6 +30,7 @@ FLOORS = (
     ("registration",),
     ("reference", "reference_rows", "curvature", "attribution", "perturbation", "sampling"),
     ("callbacks",),
+    ("held_folder",),
     ("runs", "steps"),
     ("trainer",),
     ("__init__",),
