@@ -70,8 +70,8 @@ def check_alike(engine: Engine, facts: Mapping[str, object]) -> None:
             if found.get(name) != first[name]:
                 here, there = (f"{value:.80}" for value in (first[name], str(found.get(name))))
                 raise ValueError(
-                    f"`{name}` differs between processes: {here} on process 0, and {there} on process {process}. Start "
-                    "all of them with the same command, files and model."
+                    f"`{name}` differs between processes: {here} on process 0, and {there} on process {process}. "
+                    "Start all of them with the same command, files and model."
                 )
 
 
