@@ -6,6 +6,7 @@ Every branch on the engine that runs the model, and every sum over processes. No
 | `base.py` | one process, DistributedDataParallel |
 | `fsdp.py` | FSDP2, whether accelerate sharded the model or transformers did while loading it |
 | `deepspeed.py` | DeepSpeed ZeRO 1 to 3, with or without CPU offload |
+| `choice.py` | which of them runs a model |
 | `checks.py` | what is refused, with the reason |
 | `checkpoints.py` | which checkpoints can be resumed, and those of sharded models |
 | `saving.py` | the dtype that a model is saved in |
@@ -13,15 +14,10 @@ Every branch on the engine that runs the model, and every sum over processes. No
 | `trials.py` | when a run of a trainer begins, and where it goes |
 """
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch.nn import Module
-
 from .base import MOST_OVERFLOWS, Engine, GradientError, find_soul, trained_parameters
 from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, whole_checkpoint
-from .checks import check_engine, check_estimator, check_rows_are_whole, check_trainer, prepare_deepspeed
-from .deepspeed import DeepSpeedEngine
-from .fsdp import FSDP2Engine, is_sharded
+from .checks import check_engine, check_estimator, check_trainer, prepare_deepspeed
+from .choice import make_engine
 from .hooks import check_weights, rows_per_forward, save_checkpoint, stop_at_gradient, stop_at_rows
 from .saving import SavedDtypeMixin, keeper_of_weights, set_bf16
 from .trials import TrialMixin
@@ -52,25 +48,3 @@ __all__ = [
     "trained_parameters",
     "whole_checkpoint",
 ]
-
-
-def make_engine(accelerator: Accelerator | None = None, model: Module | None = None) -> Engine:
-    """
-    The engine that runs a model.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`], *optional*): The Trainer's. Without, there is one plain process.
-        model (`torch.nn.Module`, *optional*): Says whether transformers sharded it while loading it.
-
-    Raises:
-        ValueError: If the engine is not supported.
-    """
-    if accelerator is None:
-        return Engine()
-    check_engine(accelerator.state)
-    check_rows_are_whole(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return DeepSpeedEngine(accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP or (model is not None and is_sharded(model)):
-        return FSDP2Engine(accelerator)
-    return Engine(accelerator)

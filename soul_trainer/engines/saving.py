@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..precision import Precision
 from ..records import write_whole
+from .choice import make_engine
 from .fsdp import is_sharded
 from .hooks import check_weights
 
@@ -59,16 +60,20 @@ class SavedDtypeMixin(Trainer):
     _writes_checkpoint = False
 
     def _save_checkpoint(self, model: torch.nn.Module, trial) -> None:
-        check_weights(self, self.engine)
+        self._check_weights()
         self._writes_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writes_checkpoint = False
 
+    def _check_weights(self) -> None:
+        # A trainer that does not unlearn has no engine of its own.
+        check_weights(self, getattr(self, "engine", None) or make_engine(self.accelerator, self.model))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer`]'s, which also pushes; a model whose weights are not finite is neither."""
-        check_weights(self, self.engine)
+        self._check_weights()
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
