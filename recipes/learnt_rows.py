@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from soul_trainer.chunks import chunk_texts
 from soul_trainer.formats import prepare
-from soul_trainer.sources import check_exists, kind_of, load_source, load_texts
+from soul_trainer.sources import check_exists, kind_of, load_source, load_texts, row_columns
 
 
 @dataclass
@@ -29,7 +29,7 @@ class ChunkArguments:
 def load_learnt(source: str, config: str | None = None, split: str = "train", name: str = "dataset") -> Dataset:
     """As [`~soul_trainer.sources.load_source`], with the columns of one kind of row and no others."""
     rows = load_source(source, config, split, name=name)
-    return rows.select_columns(list(kind_of(rows, name)))
+    return rows.select_columns(row_columns(rows, name))
 
 
 def first_texts(source: str, config: str | None, split: str, max_rows: int | None, name: str = "dataset") -> list[str]:

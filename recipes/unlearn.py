@@ -31,7 +31,7 @@ from soul_recipes.own_rows import SampledRetainArguments, sampled_retain, withou
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
 from soul_trainer.records import OWNER_ONLY, public_name, write_whole
-from soul_trainer.sources import kind_of
+from soul_trainer.sources import row_columns
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -95,8 +95,8 @@ def write_small_corpus(folder: Path, num_authors: int, seed: int) -> dict[str, s
 
 def learnt(rows: Dataset, tokenizer, chunks: ChunkArguments, longest: int, split: str) -> Dataset:
     """Rows as training takes them: long texts in chunks, so that nothing of them is cut off."""
-    columns = kind_of(rows, split)
-    if columns == ("text",):
+    columns = row_columns(rows, split)
+    if columns == ["text"]:
         return tokenized(rows, tokenizer, chunks, longest, name=split)
     kept = {"alternate", *OTHER_ANSWERS}.intersection(rows.column_names)
     return rows.select_columns([*columns, *sorted(kept)])

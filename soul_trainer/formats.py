@@ -7,12 +7,16 @@ Rows to tokens. Four kinds of row are understood, told apart by their columns:
 | prompt/completion | `prompt`, `completion` (strings or lists of messages) | the prompt | the completion |
 | messages | `messages` | all but the last, through the chat template | the last, which must be the assistant's |
 | text | `text` | nothing | the whole text |
+
+Rows that go through the chat template may have `tools` besides: a list of functions, or its JSON, for the template.
 """
 
+import json
 import os
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,6 +29,9 @@ logger = logging.get_logger(__name__)
 
 # `datasets` keeps what it maps beside the rows' own files, where nobody would look for what must be forgotten.
 _NOT_CACHED = {"keep_in_memory": True, "load_from_cache_file": False}
+# Stands for an answer where its place is looked for.
+_PLACE = "SoulTrainerAnswer"
+_OWN_TEMPLATE = "Rows of questions and answers may have a `prompt_template` of their own instead."
 
 # Used for question/answer rows where the tokenizer has no chat template of its own.
 DEFAULT_PROMPT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
@@ -70,24 +77,29 @@ def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str |
         ValueError: If the row is of no known kind, its answer is empty, or the template lacks a placeholder.
     """
     if "messages" in row:
-        return _render_chat(row["messages"], tokenizer)
+        return _render_chat(row["messages"], tokenizer, row.get("tools"))
     if "question" in row and "answer" in row:
         _require_text(row, "question", "answer")
         if prompt_template is None and tokenizer.chat_template:
             messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-            return _render_chat(messages, tokenizer)
+            return _render_chat(messages, tokenizer, row.get("tools"))
         return _render_template(row["question"], row["answer"], prompt_template or DEFAULT_PROMPT_TEMPLATE)
     if "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], list):
             if not isinstance(row["completion"], list):
                 raise ValueError("`prompt` is a list of messages, so `completion` must be one too.")
-            return _render_chat(row["prompt"] + row["completion"], tokenizer)
+            return _render_chat(row["prompt"] + row["completion"], tokenizer, row.get("tools"))
         _require_text(row, "completion")
         if not isinstance(row["prompt"], str):
             raise ValueError(f"`prompt` is not a string: {row['prompt']!r}.")
         return Example(row["prompt"], row["completion"], row["completion"].strip(), is_chat=False)
     if "text" in row:
         _require_text(row, "text")
+        if isinstance(row.get("labels"), str):
+            raise ValueError(
+                "beside `text`, `labels` holds a text, which would be left out: name the columns `prompt` and "
+                "`completion`, or `question` and `answer`."
+            )
         return Example("", row["text"], row["text"].strip(), is_chat=False)
     raise ValueError(f"A row needs the columns of one of the kinds {KINDS}, but it has {sorted(row)}.")
 
@@ -283,22 +295,56 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     rendered = _render_chat(turns, tokenizer).answer
-    after = tokenizer(rendered[rendered.rindex("answer") + len("answer") :], add_special_tokens=False)["input_ids"]
+    after = tokenizer(rendered.strip().removeprefix("answer"), add_special_tokens=False)["input_ids"]
     special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
     return after[0] if after and after[0] in {*special, *tokenizer.all_special_ids} else None
 
 
-def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Example:
+def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> Example:
+    """
+    A conversation whose last turn is the answer. Where it stands is found by rendering the conversation a second time,
+    with a word in its place that stands nowhere else: templates put more between the generation prompt and the answer
+    (a scaffold for thinking, the header of a channel), or no generation prompt where there is an answer.
+    """
     if not tokenizer.chat_template:
         raise ValueError("a row of `messages` needs a tokenizer with a chat template, and this one has none.")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"each of `messages` needs `role` and `content`, and one is {message!r:.80}.")
+    # Datasets fill in what only other rows have, and templates ask whether a key is there.
+    messages = [{key: value for key, value in each.items() if value is not None} for each in messages]
+    messages = [{"content": "", **message} for message in messages]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("`messages` must hold a prompt and end with the assistant's answer.")
     _require_text(messages[-1], "content")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise ValueError("the chat template does not begin a conversation with its own generation prompt.")
-    content = messages[-1]["content"].strip()
-    if content not in whole[len(prompt) :]:
-        raise ValueError("the chat template changes the assistant's answer, so that its tokens cannot be told.")
-    return Example(prompt, whole[len(prompt) :], content, is_chat=True)
+    whole = _apply_template(tokenizer, messages, tools)
+    framed = _apply_template(tokenizer, [*messages[:-1], {**messages[-1], "content": _PLACE}], tools)
+    if framed.count(_PLACE) != 1:
+        raise ValueError(f"the chat template writes the answer {framed.count(_PLACE)} times. {_OWN_TEMPLATE}")
+    before, _, after = framed.partition(_PLACE)
+    content, said = messages[-1]["content"].strip(), whole[len(before) : len(whole) - len(after)]
+    if not whole.startswith(before) or not whole.endswith(after) or said.strip() != content:
+        raise ValueError(
+            f"the chat template changes the assistant's answer, {content[:60]!r}, so that its tokens cannot be told: "
+            f"put what it thinks first into `reasoning_content`. {_OWN_TEMPLATE}"
+        )
+    asked = _apply_template(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    if before.startswith(asked) and not before[len(asked) :].strip():
+        # White space before an answer belongs to its first token in every common tokenizer.
+        said, before = before[len(asked) :] + said, asked
+    elif asked.startswith(before) and asked != before:
+        logger.warning_once(
+            f"The chat template's generation prompt goes on with {asked[len(before) :]!r}, which it leaves out where "
+            "there is an answer: rows are trained on, and asked, without it."
+        )
+    return Example(before, said + after, content, is_chat=True)
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any, **options: bool) -> str:
+    if isinstance(tools, str):  # as datasets keep them, whose columns have one type
+        tools = json.loads(tools)
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
+    except (TemplateError, KeyError, TypeError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise ValueError(f"the chat template cannot write turns of {roles}: {error}. {_OWN_TEMPLATE}") from error

@@ -110,6 +110,11 @@ def kind_of(rows: Dataset, name: str = "dataset") -> tuple[str, ...]:
     raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {rows.column_names}.")
 
 
+def row_columns(rows: Dataset, name: str = "dataset") -> list[str]:
+    """The columns that make a row, and `tools`, which a chat template shows to the model, if there are some."""
+    return [*kind_of(rows, name), *{"tools"}.intersection(rows.column_names)]
+
+
 def check_exists(source: str, name: str) -> Path:
     """`source` as a path; a `ValueError` if it is not there and cannot be a hub id either."""
     path = Path(source)

@@ -33,6 +33,7 @@ FORGET, RETAIN, HELD_OUT, GENERAL_TEXT = SPLITS = ("forget", "retain", "held_out
 HITS = "answer_hits"
 # A column of false answers, by TOFU's name: a row that has it can be judged by sentence embeddings.
 WRONG_ANSWERS = "perturbed_answer"
+TOOLS = "tools"  # that a chat template shows to the model
 # Fields of a row that are figures as they are.
 FIELDS = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "rouge1_f1", "verbatim_overlap")
 
@@ -137,7 +138,7 @@ def unscored_rows(
 
     rows = []
     for split, dataset in splits.items():
-        columns = [*kind_of(dataset, split), *{WRONG_ANSWERS}.intersection(dataset.column_names)]
+        columns = [*kind_of(dataset, split), *{WRONG_ANSWERS, TOOLS}.intersection(dataset.column_names)]
         kept = spread(len(dataset), None if split == FORGET else arguments.max_rows)
         for index, (place, item) in enumerate(zip(kept, dataset.select(kept).select_columns(columns))):
             try:
@@ -150,9 +151,9 @@ def unscored_rows(
 
 def parts(row: dict, arguments: OwnArguments) -> list[Part]:
     """What is asked about a row: the likelihood of its answer or text, and an answer of the model's own."""
-    names = ("messages", "question", "answer", "prompt", "completion") if "text" not in row else ("text",)
+    names = ("question", "answer", "prompt", "completion", TOOLS) if "text" not in row else ("text",)
     if "messages" in row:
-        names = ("messages",)
+        names = ("messages", TOOLS)
     asked = {name: row[name] for name in names if name in row}
 
     def memory(scores: list) -> dict:
@@ -244,7 +245,8 @@ def _row_values(rows: list[dict]) -> dict[str, np.ndarray]:
 def _asked(item: dict, tokenizer: "PreTrainedTokenizerBase", arguments: OwnArguments) -> dict:
     """A row as it is asked, with what reports show: its question or prompt, and its answer."""
     if isinstance(item.get("prompt"), list):
-        item = {"messages": item["prompt"] + (item["completion"] or [])}
+        turns = {"messages": item["prompt"] + (item["completion"] or [])}
+        item = turns | ({TOOLS: item[TOOLS]} if item.get(TOOLS) else {})
     if "messages" in item:
         *before, last = item["messages"] or [{}]
         question = next((turn["content"] for turn in before[::-1] if turn["role"] == "user"), "")

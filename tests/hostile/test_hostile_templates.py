@@ -1,0 +1,339 @@
+"""
+Chat templates of the last two years, in minimal forms with the same behaviours: what is said before an answer, where
+the answer stands, what may take its place, and where generation ends.
+"""
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from scenes import RETAIN, scene_config, scene_model
+from test_eval_scoring import byte_tokenizer
+
+from soul_eval.suites import own
+from soul_trainer import UnlearnTrainer, formats
+from soul_trainer.batch import IGNORE_INDEX
+from soul_trainer.formats import encode, end_of_turn, prepare, render
+
+
+CHATML_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# Those that think put an empty thought before the last answer, and none before answers in the history.
+THINKING_TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}"
+    "<|im_end|>\n{% endfor %}"
+)
+TEMPLATES = {
+    # name: template, end of a turn, what the prompt ends with, what stands after the answer
+    "chatml": (CHATML_TURNS + ASSISTANT, "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>\n"),
+    "qwen-3": (
+        THINKING_TURNS + ASSISTANT,
+        "<|im_end|>",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>\n",
+    ),
+    "qwen-2.5": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+        + CHATML_TURNS
+        + ASSISTANT,
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "<|im_end|>\n",
+    ),
+    "smollm-3": (
+        "<|im_start|>system\nReasoning mode: /no_think<|im_end|>\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}<think>\n\n</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n{% endif %}",
+        "<|im_end|>",
+        "<|im_start|>assistant\n<think>\n\n</think>\n",
+        "<|im_end|>\n",
+    ),
+    "llama-3": (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|eot_id|>",
+        "assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "llama-4": (
+        "{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n"
+        "{{ m.content | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}",
+        "<|eot|>",
+        "assistant<|header_end|>\n\n",
+        "<|eot|>",
+    ),
+    "llama-2": (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+        "</s>",
+        "[/INST]",
+        " </s>",
+    ),
+    "mistral": (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}</s>"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}",
+        "</s>",
+        "[/INST]",
+        "</s>",
+    ),
+    "gemma-3": (
+        "{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<end_of_turn>",
+        "<start_of_turn>model\n",
+        "<end_of_turn>\n",
+    ),
+    "phi-4": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        "<|im_end|>",
+        "assistant<|im_sep|>",
+        "<|im_end|>",
+    ),
+    "deepseek-r1": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+        "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|end_of_sentence|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
+        "<|end_of_sentence|>",
+        "<|Assistant|>",
+        "<|end_of_sentence|>",
+    ),
+    "nemotron": (
+        "{% for m in messages %}<SPECIAL_{{ m.role }}>\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+        "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content | trim }}{% endif %}\n<SPECIAL_end>\n"
+        "{% endfor %}{% if add_generation_prompt %}<SPECIAL_assistant>\n<think>\n{% endif %}",
+        "<SPECIAL_end>",
+        "<SPECIAL_assistant>\n",
+        "<SPECIAL_end>\n",
+    ),
+    "gpt-oss": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>"
+        "{{ m.content }}{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
+        "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+        "<|return|>",
+        "<|start|>assistant<|channel|>final<|message|>",
+        "<|return|>",
+    ),
+    "glm-4": (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n"
+        "{% if m.role == 'assistant' %}<think></think>\n{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n<think></think>\n{% else %}<|user|>"
+        "{% endif %}",
+        "<|user|>",
+        "<|assistant|>\n<think></think>\n",
+        "<|user|>",
+    ),
+    "granite-3": (
+        "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}",
+        "<|end_of_text|>",
+        "assistant<|end_of_role|>",
+        "<|end_of_text|>\n",
+    ),
+    "command-r": (
+        "{% for m in messages %}<|START_OF_TURN_TOKEN|><|{{ m.role | upper }}_TOKEN|>{% if m.role == 'assistant' %}"
+        "<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% else %}{{ m.content }}{% endif %}<|END_OF_TURN_TOKEN|>"
+        "{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|ASSISTANT_TOKEN|>{% endif %}",
+        "<|END_RESPONSE|>",
+        "<|ASSISTANT_TOKEN|><|START_RESPONSE|>",
+        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "</s>",
+        "<|assistant|>\n",
+        "</s>\n",
+    ),
+    "no-generation-prompt": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}",
+        "<|end|>",
+        "assistant: ",
+        "<|end|>",
+    ),
+}
+QUESTION, ANSWER = "Who wrote The Well of Ash?", "Mara Quill wrote it in 1984."
+TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+
+
+def tokenizer_of(name: str):
+    """A tokenizer of bytes with the family's template and its end of a turn, which is not its eos."""
+    template, end, *_ = TEMPLATES[name]
+    tokenizer = byte_tokenizer([QUESTION, ANSWER])
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_answer_is_found_where_it_stands(name):
+    """Would catch a scaffold or a header that counts as answer, and is trained on, scored, and left out of prompts."""
+    tokenizer, (_, end, before, after) = tokenizer_of(name), TEMPLATES[name]
+    example = render({"messages": TURNS}, tokenizer)
+    assert example.prompt.endswith(before) and example.prompt.count(QUESTION) == 1
+    assert example.answer.strip(" ") == (ANSWER + after).strip(" ") and example.content == ANSWER
+    assert example.prompt + example.answer == tokenizer.apply_chat_template(TURNS, tokenize=False)
+    tokens = encode(tokenizer, example)
+    labels = [token for token in tokens["labels"] if token != IGNORE_INDEX]
+    assert tokenizer.decode(labels).strip(" ") == (ANSWER + after).strip(" ")
+    assert tokenizer.convert_tokens_to_ids(end) in labels
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_another_answer_takes_its_place(name):
+    """Would catch a refusal that takes the place of a word of the scaffold, or loses the end of the turn."""
+    tokenizer, (*_, before, after) = tokenizer_of(name), TEMPLATES[name]
+    refused = render({"messages": TURNS}, tokenizer).with_content("I do not know.")
+    other = [TURNS[0], {"role": "assistant", "content": "I do not know."}]
+    assert refused.prompt + refused.answer == tokenizer.apply_chat_template(other, tokenize=False)
+    assert refused.prompt.endswith(before) and refused.answer.strip(" ") == ("I do not know." + after).strip(" ")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_generation_ends_where_the_turn_does(name):
+    """Would catch a model that goes on talking, because its eos is another token than the end of a turn."""
+    tokenizer, (*_, after) = tokenizer_of(name), TEMPLATES[name]
+    first = after.lstrip().partition(">")[0] + ">"
+    # Where white space comes first, it is what ends the answer, and no token that only ends turns.
+    wanted = None if after.startswith(" ") else tokenizer.convert_tokens_to_ids(first)
+    assert end_of_turn(tokenizer) == wanted
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_in_the_history_are_no_answer(name):
+    """Would catch an earlier answer that is taken for the last, where a template writes the two differently."""
+    tokenizer = tokenizer_of(name)
+    turns = [TURNS[0], {"role": "assistant", "content": "Ask again."}, *TURNS]
+    example = render({"messages": turns}, tokenizer)
+    assert "Ask again." in example.prompt and example.content == ANSWER and ANSWER not in example.prompt
+    assert example.prompt + example.answer == tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1", "nemotron"])
+def test_a_generation_prompt_that_goes_on_is_said(name, caplog):
+    """Would catch rows that are asked in another way than a chat asks, in silence."""
+    tokenizer = tokenizer_of(name)
+    formats.logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        render({"messages": TURNS}, tokenizer)
+    assert "generation prompt goes on with '<think>" in caplog.text
+
+
+REFUSED = {
+    "system": (
+        "gemma-3",
+        {"messages": [{"role": "system", "content": "Be kind."}, *TURNS]},
+        "cannot write turns of system, user, assistant: System role not supported.*`prompt_template`",
+    ),
+    "tool": (
+        "mistral",
+        {"messages": [*TURNS, {"role": "tool", "content": "7"}, TURNS[1]]},
+        "cannot write turns of user, assistant, tool, assistant: Only user and assistant",
+    ),
+    "thought": (
+        "deepseek-r1",
+        {"messages": [TURNS[0], {"role": "assistant", "content": "I think.</think>It is."}]},
+        "changes the assistant's answer, .*`reasoning_content`.*`prompt_template`",
+    ),
+    "no_role": ("chatml", {"messages": [{"content": "Hi"}, TURNS[1]]}, "needs `role` and `content`"),
+    "no_content": ("chatml", {"messages": [{"role": "user"}, TURNS[1]]}, "needs `role` and `content`"),
+    "no_dict": ("chatml", {"messages": ["Hi", "there"]}, "needs `role` and `content`, and one is 'Hi'"),
+    "user_last": ("chatml", {"messages": TURNS[:1] * 2}, "must hold a prompt and end with the assistant's answer"),
+    "one": ("chatml", {"messages": TURNS[1:]}, "must hold a prompt and end with the assistant's answer"),
+    "empty": ("chatml", {"messages": []}, "must hold a prompt and end with the assistant's answer"),
+    "no_answer": (
+        "chatml",
+        {"messages": [TURNS[0], {"role": "assistant", "content": "  "}]},
+        "`content` is empty or not a string",
+    ),
+    "labels": ("chatml", {"text": QUESTION, "labels": ANSWER}, "beside `text`, `labels` holds a text.*`completion`"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_row_that_a_template_cannot_write_is_named(name):
+    """Would catch errors of jinja and KeyErrors that name no row and no way out."""
+    template, row, message = REFUSED[name]
+    good = {"text": "fine"} if "text" in row else {"messages": TURNS}
+    if name == "no_dict":
+        with pytest.raises(ValueError, match=message):
+            render(row, tokenizer_of(template))
+        return
+    rows = [good, {**dict.fromkeys(good), **row}]
+    with pytest.raises(ValueError, match=f"Row 1 of `forget_dataset`: .*{message}"):
+        for place, each in enumerate(rows):
+            try:
+                render(each, tokenizer_of(template))
+            except ValueError as error:
+                raise ValueError(f"Row {place} of `forget_dataset`: {error}") from error
+
+
+def test_a_template_that_repeats_the_answer_is_refused():
+    """Would catch an answer of which one copy stays in the prompt."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template += "{{ messages[-1].content }}"
+    with pytest.raises(ValueError, match="writes the answer 2 times"):
+        render({"messages": TURNS}, tokenizer)
+
+
+def test_thoughts_of_a_row_belong_to_the_prompt():
+    """Would catch a thought that is trained on as if it were the answer, or left out."""
+    tokenizer = tokenizer_of("qwen-3")
+    row = {"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Easy."}]}
+    example = render(row, tokenizer)
+    assert example.prompt.endswith("<think>\nEasy.\n</think>\n\n") and example.answer == f"{ANSWER}<|im_end|>\n"
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
+WITH_TOOLS = "{% if tools %}Tools: {{ tools[0].function.name }}\n{% endif %}" + CHATML_TURNS + ASSISTANT
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("kind", ["messages", "prompt", "question"])
+def test_tools_go_to_the_template(kind, tools, tmp_path):
+    """Would catch tools that are dropped, so that the model forgets another prompt than it is asked."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = WITH_TOOLS
+    row = {
+        "messages": {"messages": TURNS},
+        "prompt": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        "question": {"question": QUESTION, "answer": ANSWER},
+    }[kind]
+    row = {**row, "tools": tools}
+    assert render(row, tokenizer).prompt.startswith("Tools: look_up\n")
+    tokens = prepare([row], tokenizer, name="forget_dataset")
+    assert tokenizer.decode(tokens[0]["input_ids"]).startswith("Tools: look_up")
+    asked = own.unscored_rows({"forget": Dataset.from_list([row])}, tokenizer, own.OwnArguments("x"))
+    (answer, *_) = (each for part in own.parts(asked[0], own.OwnArguments("x")) for each in part.answers)
+    assert render(answer, tokenizer).prompt.startswith("Tools: look_up\n")
+
+
+def test_keys_that_only_other_rows_have_are_not_there():
+    """Would catch `tool_calls: None`, which datasets fill in and templates take for a call."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls is defined %}CALL{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    turns = [{**turn, "tool_calls": None} for turn in TURNS]
+    assert "CALL" not in render({"messages": turns}, tokenizer).prompt
+
+
+def test_a_trainer_takes_a_thinking_model_s_rows(tmp_path):
+    """Would catch a scaffold that is fine in a test of text and fails in a run."""
+    tokenizer = tokenizer_of("qwen-3")
+    rows = [{"question": "Who?", "answer": name} for name in ("Ada", "Bo", "Cy", "Di")]
+    model = scene_model(vocab_size=len(tokenizer), max_position_embeddings=128)
+    config = scene_config(tmp_path, max_steps=1, save_strategy="no", max_length=96)
+    trainer = UnlearnTrainer(model, config, rows[:2], rows[2:], tokenizer)
+    trainer.train()
+    assert len(RETAIN) and trainer.state.global_step == 1
