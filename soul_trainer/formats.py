@@ -8,11 +8,14 @@ Rows to tokens. Four kinds of row are understood, told apart by their columns:
 | messages | `messages` | all but the last, through the chat template | the last, which must be the assistant's |
 | text | `text` | nothing | the whole text |
 
-Rows that go through the chat template may have `tools` besides: a list of functions, or its JSON, for the template.
+Of a completion of several messages, all turns of the assistant's are the answer. Rows that go through the chat
+template may have `tools` besides: a list of functions, or its JSON, for the template.
 """
 
 import json
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Value
@@ -47,16 +50,21 @@ class Example(NamedTuple):
             end of the turn.
         content (`str`): The bare answer, a part of `answer`.
         is_chat (`bool`): Whether a chat template wrote it, special tokens included.
+        between (`Sequence[Sequence[int]]`): Where a completion has several turns of the assistant's: the parts of
+            `answer` between them, from one character to before another, which the model is given. `content` is of the
+            first turn.
     """
 
     prompt: str
     answer: str
     content: str
     is_chat: bool
+    between: Sequence[Sequence[int]] = ()
 
     def with_content(self, content: str) -> "Example":
-        """The same prompt with another answer in the place of its own."""
-        return self._replace(answer=self.answer.replace(self.content, content, 1), content=content)
+        """The same prompt with another answer in the place of its own, which ends the conversation."""
+        first_turn = self.answer[: self.between[0][0]] if self.between else self.answer
+        return self._replace(answer=first_turn.replace(self.content, content, 1), content=content, between=())
 
 
 def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None = None) -> Example:
@@ -88,7 +96,7 @@ def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str |
         if isinstance(row["prompt"], list):
             if not isinstance(row["completion"], list):
                 raise ValueError("`prompt` is a list of messages, so `completion` must be one too.")
-            return _render_chat(row["prompt"] + row["completion"], tokenizer, row.get("tools"))
+            return _render_chat(row["prompt"] + row["completion"], tokenizer, row.get("tools"), len(row["prompt"]))
         _require_text(row, "completion")
         if not isinstance(row["prompt"], str):
             raise ValueError(f"`prompt` is not a string: {row['prompt']!r}.")
@@ -133,7 +141,7 @@ def encode_all(
     ids_of: dict[tuple[str, bool], list[int]] = {}
     for is_chat in {example.is_chat for example in examples}:
         alike = [example for example in examples if example.is_chat == is_chat]
-        texts = list({text: None for each in alike for text in (each.prompt + each.answer, each.prompt) if text})
+        texts = list({text: None for each in alike for text in _beginnings(each) if text})
         found = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"] if texts else []
         ids_of |= {(text, is_chat): ids for text, ids in zip(texts, found)}
     rows = []
@@ -150,8 +158,19 @@ def encode_all(
                 f"no answer token is left within `max_length`={max_length}: the prompt takes {num_prompt} tokens. "
                 f"Raise `max_length` or shorten the prompt, which begins {example.prompt[:60]!r}."
             )
-        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * num_prompt + ids[num_prompt:]})
+        labels = [IGNORE_INDEX] * num_prompt + ids[num_prompt:]
+        for part in example.between:
+            begun = (ids_of[example.prompt + example.answer[:place], example.is_chat] for place in part)
+            start, end = (len(os.path.commonprefix([each, ids])) for each in begun)
+            labels[start:end] = [IGNORE_INDEX] * (min(end, len(ids)) - min(start, len(ids)))
+        rows.append({"input_ids": ids, "labels": labels})
     return rows
+
+
+def _beginnings(example: Example) -> list[str]:
+    """What is tokenized of an example: all of it, and all before each place where a label begins or ends."""
+    places = [0, len(example.answer), *(place for part in example.between for place in part)]
+    return [example.prompt + example.answer[:place] for place in places]
 
 
 def without_first_labels(dataset: Dataset, num_tokens: int, name: str) -> Dataset:
@@ -300,11 +319,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return after[0] if after and after[0] in {*special, *tokenizer.all_special_ids} else None
 
 
-def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> Example:
+def _render_chat(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools: Any = None, num_given: int | None = None
+) -> Example:
     """
-    A conversation whose last turn is the answer. Where it stands is found by rendering the conversation a second time,
-    with a word in its place that stands nowhere else: templates put more between the generation prompt and the answer
-    (a scaffold for thinking, the header of a channel), or no generation prompt where there is an answer.
+    A conversation whose last turn is the answer, and so are those of the assistant's after the first `num_given`.
+    Where one stands is found by rendering the conversation a second time, with a word in its place that stands nowhere
+    else: templates put more between the generation prompt and the answer (a scaffold for thinking, the header of a
+    channel), or no generation prompt where there is an answer.
     """
     if not tokenizer.chat_template:
         raise ValueError("a row of `messages` needs a tokenizer with a chat template, and this one has none.")
@@ -316,28 +338,44 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools
     messages = [{"content": "", **message} for message in messages]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("`messages` must hold a prompt and end with the assistant's answer.")
-    _require_text(messages[-1], "content")
+    last = len(messages) - 1
+    turns = [place for place in range(num_given or last, last) if messages[place]["role"] == "assistant"] + [last]
     whole = _apply_template(tokenizer, messages, tools)
-    framed = _apply_template(tokenizer, [*messages[:-1], {**messages[-1], "content": _PLACE}], tools)
+    spans = [_place_of(messages, turn, whole, tokenizer, tools) for turn in turns]
+    start = spans[0][0]
+    between = [(one[1] - start, other[0] - start) for one, other in pairwise(spans)]
+    return Example(whole[:start], whole[start:], messages[turns[0]]["content"].strip(), True, between)
+
+
+def _place_of(
+    messages: list[dict], turn: int, whole: str, tokenizer: PreTrainedTokenizerBase, tools: Any
+) -> tuple[int, int]:
+    """From where to where a turn of the assistant's goes in the text of a conversation, with what ends it."""
+    _require_text(messages[turn], "content")
+    others = [*messages[:turn], {**messages[turn], "content": _PLACE}, *messages[turn + 1 :]]
+    framed = _apply_template(tokenizer, others, tools)
     if framed.count(_PLACE) != 1:
         raise ValueError(f"the chat template writes the answer {framed.count(_PLACE)} times. {_OWN_TEMPLATE}")
     before, _, after = framed.partition(_PLACE)
-    content, said = messages[-1]["content"].strip(), whole[len(before) : len(whole) - len(after)]
-    if not whole.startswith(before) or not whole.endswith(after) or said.strip() != content:
+    content, end = messages[turn]["content"].strip(), len(whole) - len(after)
+    if not whole.startswith(before) or not whole.endswith(after) or whole[len(before) : end].strip() != content:
         raise ValueError(
             f"the chat template changes the assistant's answer, {content[:60]!r}, so that its tokens cannot be told: "
             f"put what it thinks first into `reasoning_content`. {_OWN_TEMPLATE}"
         )
-    asked = _apply_template(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    start, asked = len(before), _apply_template(tokenizer, messages[:turn], tools, add_generation_prompt=True)
     if before.startswith(asked) and not before[len(asked) :].strip():
-        # White space before an answer belongs to its first token in every common tokenizer.
-        said, before = before[len(asked) :] + said, asked
+        start = len(asked)  # white space before an answer belongs to its first token in every common tokenizer
     elif asked.startswith(before) and asked != before:
         logger.warning_once(
             f"The chat template's generation prompt goes on with {asked[len(before) :]!r}, which it leaves out where "
             "there is an answer: rows are trained on, and asked, without it."
         )
-    return Example(before, said + after, content, is_chat=True)
+    if turn == len(messages) - 1:
+        return start, len(whole)
+    # A turn that is not the last ends with the first special token after it.
+    ends = [after.index(text) + len(text) for text in tokenizer.all_special_tokens if text in after]
+    return start, end + min(ends, default=0)
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any, **options: bool) -> str:

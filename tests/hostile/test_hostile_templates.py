@@ -337,3 +337,46 @@ def test_a_trainer_takes_a_thinking_model_s_rows(tmp_path):
     trainer = UnlearnTrainer(model, config, rows[:2], rows[2:], tokenizer)
     trainer.train()
     assert len(RETAIN) and trainer.state.global_step == 1
+
+
+LONG = {
+    "prompt": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Given."}, TURNS[0]],
+    "completion": [TURNS[1], {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Quite sure."}],
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "no-generation-prompt"])
+def test_all_answers_of_a_completion_are_answers(name):
+    """Would catch a completion of which the last turn alone is forgotten, and one whose questions are."""
+    tokenizer = tokenizer_of(name)
+    example = render(LONG, tokenizer)
+    assert example.prompt + example.answer == tokenizer.apply_chat_template(
+        LONG["prompt"] + LONG["completion"], tokenize=False
+    )
+    assert "Given." in example.prompt and ANSWER not in example.prompt
+    tokens = encode(tokenizer, example)
+    assert tokenizer.decode(tokens["input_ids"]) == example.prompt + example.answer
+    labels = tokenizer.decode([token for token in tokens["labels"] if token != IGNORE_INDEX])
+    assert labels.lstrip().startswith(ANSWER) and "Quite sure." in labels
+    assert "Sure?" not in labels and "Given." not in labels and "user" not in labels.replace("<|user|>", "")
+    alone = encode(tokenizer, render({"messages": LONG["prompt"] + LONG["completion"]}, tokenizer))
+    assert tokenizer.decode([token for token in alone["labels"] if token != IGNORE_INDEX]).lstrip().startswith("Quite")
+
+
+def test_another_answer_ends_a_completion_of_several_turns():
+    """Would catch a refusal after which the model goes on to teach what it refused."""
+    refused = render(LONG, tokenizer_of("chatml")).with_content("I do not know.")
+    assert refused.answer == "I do not know.<|im_end|>" and refused.prompt.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("forget_loss", ["npo", "refusal", "dpo"])
+def test_completions_of_one_and_of_several_turns_are_trained_on(tmp_path, forget_loss):
+    """Would catch rows of either kind that fail beside the other's."""
+    tokenizer = tokenizer_of("chatml")
+    short = {"prompt": TURNS[:1], "completion": TURNS[1:]}
+    model = scene_model(vocab_size=len(tokenizer), max_position_embeddings=256)
+    tokenizer.model_max_length = 256
+    config = scene_config(tmp_path, max_steps=2, save_strategy="no", forget_loss=forget_loss, max_length=None)
+    for rows in ([short, LONG], [LONG, short], [LONG], [short]):
+        UnlearnTrainer(model, config, rows, [short], tokenizer).train()
+        config.overwrite = True
