@@ -4,17 +4,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import BestRun, TrainOutput
+from transformers.modeling_outputs import ModelOutput
+from transformers.trainer_utils import BestRun, EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from . import engines
+from .batch import IGNORE_INDEX
 from .callbacks import callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
 from .freezing import freeze_parameters
 from .held_folder import check_alike, hold_folder
 from .inputs import check_model
+from .log_probs import shift_labels, token_log_probs
 from .lora import adapter_reach
 from .objectives import parameters_of_layers
 from .precision import choose_precision
@@ -113,6 +117,37 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         finally:
             if is_narrow:
                 self.precision.narrow(self.model)
+
+    def evaluated_loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
+        """The mean loss of a batch's answer tokens, without what a model adds to it, as a router's loss."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        targets = shift_labels(inputs["labels"])
+        sums = -token_log_probs(outputs.logits, targets).sum(1)
+        self.row_losses = torch.stack([sums, (targets != IGNORE_INDEX).sum(1)], dim=1)
+        loss = self.row_losses[:, 0].sum() / self.row_losses[:, 1].sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, *args, **kwargs) -> tuple:
+        """As [`~transformers.Trainer`]'s, which keeps the rows' losses for the mean over all of them."""
+        found = super().prediction_step(*args, **kwargs)
+        self.evaluated_rows.append(self.accelerator.gather_for_metrics(self.row_losses))
+        return found
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """As [`~transformers.Trainer`]'s, whose own mean over batches depends on their size."""
+        self.evaluated_rows = []
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = self.mean_evaluated_loss()
+        return output
+
+    def mean_evaluated_loss(self) -> float:
+        """The mean loss per answer token of the rows that were evaluated last, over all processes."""
+        total, num_tokens = torch.cat(self.evaluated_rows).double().sum(0).tolist()
+        return total / num_tokens
 
     def fill_settings(self) -> None:
         """Gives the settings that are open the values that fit the model and its engine."""

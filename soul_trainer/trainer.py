@@ -166,13 +166,13 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The weighted sum of the forget and the retain loss; the model's own loss for batches without `is_forget`.
+        The weighted sum of the forget and the retain loss; the loss of answer tokens for batches without `is_forget`.
 
         Each is a sum over its rows divided by `num_items_in_batch`, the counts of [`get_batch_samples`], so that the
         micro-batches of a step and the processes add up to the loss of one large batch.
         """
         if "is_forget" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.evaluated_loss(model, inputs, return_outputs)
         halves, outputs = forward_halves(model, inputs, self.objectives, self.args, self.reference)
         # Directions are weighted where they are added, whatever the size of a gradient.
         weights = (1.0, 1.0) if self.has_two_directions else (self.forget_weight, self.current_retain_weight())

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from scenes import FORGET, RETAIN, largest_difference, logged, scene_model, scene_tokenizer, scene_trainer, weights
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from soul_trainer import HessianCallback, Sophia, UnlearnTrainer
 from soul_trainer.engines import find_soul
@@ -303,3 +303,23 @@ def test_gradient_checkpointing_changes_no_weight(tmp_path, estimator):
         trainer.train()
         final.append(weights(trainer.model))
     assert largest_difference(*final) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_an_evaluated_loss_is_a_mean_of_tokens_whatever_the_batch(tmp_path, batch_size):
+    """Would catch a mean of batches, in which a token of a short last batch counts more than others."""
+    trainer = scene_trainer(tmp_path, per_device_eval_batch_size=batch_size)
+    metrics = trainer.evaluate()
+    for split, rows in (("forget", FORGET), ("retain", RETAIN)):
+        losses, counts = slow_losses(trainer.model.eval(), rows)
+        assert metrics[f"eval_{split}_loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+
+
+def test_an_evaluated_loss_has_no_router_s_loss_in_it(tmp_path):
+    """Would catch a Mixtral's auxiliary loss, which its own loss holds, in a figure that is compared with others."""
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=len(scene_tokenizer()), num_key_value_heads=2, num_local_experts=2, **size)
+    config.output_router_logits, config.router_aux_loss_coef = True, 10.0
+    trainer = scene_trainer(tmp_path, MixtralForCausalLM(config), learning_rate=1e-3)
+    losses, counts = slow_losses(trainer.model.eval(), FORGET)
+    assert trainer.evaluate()["eval_forget_loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-4)

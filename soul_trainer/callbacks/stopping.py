@@ -121,7 +121,7 @@ def gold_forget_loss(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The gold model, which each process holds whole.
-        trainer ([`~transformers.Trainer`]): That will unlearn.
+        trainer ([`UnlearnTrainer`]): That will unlearn.
         dataset (`str`, [`~datasets.Dataset`] or `list[dict]`, *optional*, defaults to `"forget"`):
             Rows, or the name of those that the Trainer evaluates.
 
@@ -135,11 +135,10 @@ def gold_forget_loss(
     if isinstance(dataset, str) and not (isinstance(known, dict) and dataset in known):
         names = ", ".join(known) if isinstance(known, dict) else "rows without a name"
         raise ValueError(f"`dataset`={dataset!r} is not among what the Trainer evaluates: {names}.")
-    device, losses = model.device, []
+    device, trainer.evaluated_rows = model.device, []
     model.to(trainer.args.device)
     with eval_mode(model):
         for batch in trainer.get_eval_dataloader(dataset):
-            loss = trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-            losses.append(trainer.accelerator.gather_for_metrics(loss.repeat(len(batch["labels"]))))
+            trainer.prediction_step(model, batch, prediction_loss_only=True)
     model.to(device)
-    return float(torch.cat(losses).mean())
+    return trainer.mean_evaluated_loss()
