@@ -1,11 +1,14 @@
 """
 Turns a checkpoint of several processes into one that a single process resumes, weights and Hessian included.
 
-    python -m soul_trainer.consolidate output/checkpoint-30 output_single/checkpoint-30
+    python -m soul_trainer.consolidate output/checkpoint-30 output_single/checkpoint-30 --trust_pickle
 
 It reads what DeepSpeed ZeRO 1 to 3 and FSDP2 write (accelerate's or transformers'), needs no GPU and as much memory as
 weights and states take in float32. Any engine without shards resumes the result, and any model of transformers loads
 it. The random states of the other processes are left behind: with dropout, the run goes on with other masks.
+
+DeepSpeed and torch's distributed checkpoints pickle objects of their own, and reading a pickle runs what it says. So
+`--trust_pickle` is needed for them: give it for checkpoints of your own runs, and for no others.
 """
 
 import json
@@ -31,6 +34,8 @@ from .command_line import PlainParser
 _ZERO_STATES = ("base_optimizer_state", "optimizer_state_dict")
 _ZERO_MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 _SCRATCH = "_consolidate-"
+# DeepSpeed's mark, and the folders of torch's distributed checkpoints, whose metadata are a pickle.
+_PICKLED = ("latest", "sharded", "optimizer_0")
 _LEFT_BEHIND = ("*.bin", "*.distcp", "*.pth", "model*.safetensors*", "zero_to_*.py", "latest", "optimizer.pt")
 
 
@@ -49,20 +54,26 @@ class Contents(NamedTuple):
     groups: list[dict]
 
 
-def consolidate(checkpoint: str | Path, output: str | Path) -> None:
+def consolidate(checkpoint: str | Path, output: str | Path, trust_pickle: bool = False) -> None:
     """
     Writes a checkpoint for one process.
 
     Args:
         checkpoint (`str` or `Path`): A `checkpoint-N` folder of a run with DeepSpeed ZeRO or FSDP2.
         output (`str` or `Path`): A folder that does not exist yet.
+        trust_pickle (`bool`, *optional*, defaults to `False`): Whether pickles in the checkpoint may run code.
 
     Raises:
-        ValueError: If `output` exists, or `checkpoint` holds no shards that are known.
+        ValueError: If `output` exists, or `checkpoint` holds no known shards, or pickles that are not trusted.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     if output.exists():
         raise ValueError(f"`output`={str(output)!r} exists: name a folder that does not.")
+    if not trust_pickle and any((checkpoint / name).exists() for name in _PICKLED):
+        raise ValueError(
+            f"{str(checkpoint)!r} holds pickles, and reading them runs whatever code they hold: add `trust_pickle` "
+            "(--trust_pickle) if the checkpoint is of a run of your own."
+        )
     contents = _read(checkpoint)
     temporary = output.with_name(output.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -204,8 +215,9 @@ def command(arguments: list[str] | None = None) -> None:
     parser = PlainParser(__doc__)
     parser.add_argument("checkpoint", help="A checkpoint-N folder of a run with DeepSpeed ZeRO or FSDP2.")
     parser.add_argument("output", help="A folder that does not exist yet.")
+    parser.add_argument("--trust_pickle", action="store_true", help="Read pickles, which run code: of your own runs.")
     args = parser.parse_args(arguments)
-    consolidate(args.checkpoint, args.output)
+    consolidate(args.checkpoint, args.output, args.trust_pickle)
 
 
 if __name__ == "__main__":

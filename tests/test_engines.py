@@ -140,7 +140,7 @@ def test_a_resumed_run_ends_with_the_same_bits_under_every_engine(outcomes, engi
 def test_a_checkpoint_of_several_processes_goes_on_in_one(outcomes, tmp_path, engine, job):
     """Would catch weights, momentum or Hessian that are put together wrongly, or an optimizer in another order."""
     folder = outcomes(engine)[job]["folder"]
-    consolidate(folder / "checkpoint-5", tmp_path / "checkpoint-5")
+    consolidate(folder / "checkpoint-5", tmp_path / "checkpoint-5", trust_pickle=True)
     resumed = train("single", JOBS[job], folder.parent, tmp_path, resume=True)
     assert len(resumed["weights"]) == 7
     assert max(differences(resumed, outcomes("single")[job]).values()) < SAME_SUMS
