@@ -6,7 +6,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 
 from soul_eval.suites.sources import require_texts
-from soul_trainer.sources import load_split, read_file
+from soul_trainer.sources import load_split
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,7 @@ def load_corpus(name: str, dataset: str = CORPORA, min_characters: int = 0, max_
     """
     file = Path(dataset, f"{name}.jsonl")
     if file.is_file():
-        rows = read_file(file)
+        rows = load_split(str(file), columns=("text",), name=name)
         require_texts(rows.to_list(), name, "text")
     elif name in ELSEWHERE and not Path(dataset).exists():
         source, config, split = ELSEWHERE[name]

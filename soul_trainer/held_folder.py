@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers.utils import logging
 
 from .engines import Engine
 
+
+logger = logging.get_logger(__name__)
 
 # The underscore keeps it off the hub.
 LOCK = "_held.lock"
@@ -32,12 +35,15 @@ def hold_folder(folder: str | Path, engine: Engine | None = None) -> Iterator[No
     engine = engine or Engine()
     path = Path(folder) / LOCK
     lock, refusals = FileLock(path, timeout=0, thread_local=False), []
+    is_new = not path.parent.exists()
     if engine.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
             holder = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%F %T")}
             path.write_text(json.dumps(holder), encoding="utf-8")
+        except NotImplementedError:  # a file system without locks
+            logger.warning(f"{folder} cannot be held: let no other command write to it.")
         except Timeout:
             refusals = [f"`output_dir`={str(folder)!r} is in use by {_holder(path)}: choose another, or wait."]
     if refusals := engine.gather(refusals):
@@ -49,6 +55,8 @@ def hold_folder(folder: str | Path, engine: Engine | None = None) -> Iterator[No
             # While it is held: afterwards, the file may be another's.
             path.unlink(missing_ok=True)
             lock.release()
+        if is_new and engine.process_index == 0 and path.parent.exists() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def check_alike(engine: Engine, facts: Mapping[str, object]) -> None:

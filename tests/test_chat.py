@@ -190,7 +190,7 @@ def test_models_and_rows_are_named_one_by_one(folder, run_folder):
         (["--run", "gone"], "--run gone: no such folder"),
         (["--run", "."], "holds no finished run"),
         (["--target", "./gone", "--model", "a"], "--target ./gone: no such folder"),
-        (["--run", ".", "--temperature", "0"], "`temperature` must be over 0"),
+        (["--run", ".", "--temperature", "0"], "`temperature` must be > 0"),
         (["--run", ".", "--port", "70000"], "--port 70000 is no port"),
         (["--run", ".", "--port", "{taken}"], "cannot be listened at (Address already in use)"),
     ],
@@ -318,7 +318,7 @@ def test_a_row_is_filled_in_and_html_shows_as_text(tab):
     [
         ("#prompt textarea", "", "There is nothing to answer: write a prompt."),
         ("#prompt textarea", "very " * 300, "leaves no room for an answer within the model's 256."),
-        ("#temperature input", "0", "`temperature` must be over 0, but it is 0"),
+        ("#temperature input", "0", "`temperature` must be > 0, but it is 0"),
         ("#seed input", "", "A setting is empty: seed needs a number."),
         ("#tokens input", "0", "`max_new_tokens` must be at least 1, but it is 0."),
     ],

@@ -16,10 +16,10 @@ from soul_trainer.engines import (
     Engine,
     check_engine,
     check_estimator,
-    check_rows_are_whole,
     check_trainer,
     prepare_deepspeed,
 )
+from soul_trainer.engines.checks import check_rows_are_whole
 from soul_trainer.engines.deepspeed import DeepSpeedEngine
 from soul_trainer.engines.fsdp import FSDP2Engine
 from soul_trainer.objectives import Objectives

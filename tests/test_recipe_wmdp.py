@@ -89,10 +89,10 @@ def test_corpora_are_read_as_wmdp_has_them(tmp_path):
     with pytest.raises(ValueError, match="no text of over 50 characters"):
         load_corpus("bio-forget-corpus", folder, 50)
     (tmp_path / "wikitext.jsonl").write_text('"a"\nb\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="Line 2 of .*wikitext.jsonl is no JSON"):
+    with pytest.raises(ValueError, match="wikitext.jsonl', line 2, is no JSON"):
         load_corpus("wikitext", folder)
     (tmp_path / "wikitext.jsonl").write_text('{"title": "a"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="Line 1 of .*must be a text"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['text'\]"):
         load_corpus("wikitext", folder)
 
 

@@ -142,8 +142,8 @@ def test_a_search_finds_what_forgets_and_stays_useful(tmp_path):
     assert figures[0]["eval_tofu_forget_probability"] != figures[1]["eval_tofu_forget_probability"]
     assert objective.min_utility == before["eval_tofu_retain_probability"] / 2
     assert best.objective == max(objective(metrics) for metrics in figures)
-    # The state before the step that diverged lies in the trial's own folder.
-    assert [path.parent.name for path in tmp_path.glob("**/checkpoint-*")] == ["run-1"]
+    # Its weights are no numbers, and so they are nowhere.
+    assert not list(tmp_path.glob("**/checkpoint-*"))
 
 
 def test_feasible_settings_come_before_all_others():

@@ -257,6 +257,8 @@ class Engine:
         device = self.accelerator.device if self.accelerator else None
         alike = defaultdict(list)
         for tensor in tensors:
+            if tensor.device.type == "meta":  # which another process has read, and gives out when it is sharded
+                continue
             alike[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(tensor)
         # NaN or infinite where any value is. Of all ways to find that, this reads memory fastest.
         norms = [torch.stack(torch._foreach_norm(each, 2, dtype)).sum() for (_, dtype), each in alike.items()]
