@@ -330,21 +330,23 @@ def _render_chat(
     """
     if not tokenizer.chat_template:
         raise ValueError("a row of `messages` needs a tokenizer with a chat template, and this one has none.")
+    turns = []
     for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        # Datasets fill in what only other rows have, and templates ask whether a key is there.
+        turn = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        if "role" not in turn or not {"content", "tool_calls"} & set(turn):
             raise ValueError(f"each of `messages` needs `role` and `content`, and one is {message!r:.80}.")
-    # Datasets fill in what only other rows have, and templates ask whether a key is there.
-    messages = [{key: value for key, value in each.items() if value is not None} for each in messages]
-    messages = [{"content": "", **message} for message in messages]
+        turns.append({"content": "", **turn})
+    messages = turns
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("`messages` must hold a prompt and end with the assistant's answer.")
     last = len(messages) - 1
-    turns = [place for place in range(num_given or last, last) if messages[place]["role"] == "assistant"] + [last]
+    answers = [place for place in range(num_given or last, last) if messages[place]["role"] == "assistant"] + [last]
     whole = _apply_template(tokenizer, messages, tools)
-    spans = [_place_of(messages, turn, whole, tokenizer, tools) for turn in turns]
+    spans = [_place_of(messages, answer, whole, tokenizer, tools) for answer in answers]
     start = spans[0][0]
     between = [(one[1] - start, other[0] - start) for one, other in pairwise(spans)]
-    return Example(whole[:start], whole[start:], messages[turns[0]]["content"].strip(), True, between)
+    return Example(whole[:start], whole[start:], messages[answers[0]]["content"].strip(), True, between)
 
 
 def _place_of(

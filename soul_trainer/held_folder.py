@@ -45,7 +45,7 @@ def hold_folder(folder: str | Path, engine: Engine | None = None) -> Iterator[No
         except NotImplementedError:  # a file system without locks
             logger.warning(f"{folder} cannot be held: let no other command write to it.")
         except Timeout:
-            refusals = [f"`output_dir`={str(folder)!r} is in use by {_holder(path)}: choose another, or wait."]
+            refusals = [f"The folder {str(folder)!r} is in use by {_holder(path)}: choose another, or wait."]
     if refusals := engine.gather(refusals):
         raise ValueError(refusals[0])
     try:
@@ -70,8 +70,6 @@ def check_alike(engine: Engine, facts: Mapping[str, object]) -> None:
     Raises:
         ValueError: On every process, if something differs; it is named.
     """
-    if engine.num_processes == 1:
-        return
     first, *others = engine.gather([{name: repr(value) for name, value in facts.items()}])
     for process, found in enumerate(others, start=1):
         for name in first:

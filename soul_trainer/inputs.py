@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import pyarrow.compute
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel
@@ -85,10 +85,13 @@ def check_ids(rows: Dataset, model: PreTrainedModel, name: str) -> None:
     """
     # An adapter may wrap the embeddings.
     num_known = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
-    for place, ids in enumerate(rows["input_ids"] if len(rows) else ()):
-        values = np.asarray(ids)
-        if len(values) and not 0 <= values.min() <= values.max() < num_known:
-            worst = int(values.max() if values.max() >= num_known else values.min())
+    # Without a list for each row, because a set to retain may be large.
+    found = pyarrow.compute.min_max(rows.with_format("arrow")[:]["input_ids"].combine_chunks().flatten()).as_py()
+    if found["min"] is None or 0 <= found["min"] <= found["max"] < num_known:
+        return
+    for place, ids in enumerate(rows["input_ids"]):
+        if strangers := [token for token in ids if not 0 <= token < num_known]:
+            worst = max(strangers, key=abs)
             raise ValueError(
                 f"Row {place} of `{name}` has the token {worst}, and the model knows the tokens 0 to {num_known - 1}: "
                 "give the model's own tokenizer, or let the model grow first, with "

@@ -64,7 +64,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
     def begin_run(self) -> None:
         """Makes way in the folder, takes the settings up, and asks the model what must be known of it."""
         self.args.check()
-        check_alike(self.engine, self._facts())
+        if self.engine.num_processes > 1:
+            check_alike(self.engine, self._facts())
         if not self.is_resumed:
             make_way(self.run_folder, self.args.overwrite, self.is_world_process_zero())
             self.accelerator.wait_for_everyone()
@@ -89,7 +90,7 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         rows = {
             name: hashlib.sha256(repr([half["input_ids"][:], half["labels"][:]]).encode()).hexdigest()
             for name, half in pairs.items()
-            if half is not None and self.engine.num_processes > 1
+            if half is not None
         }
         return {**run_settings(self.args), **rows, "model": self.model.config.to_json_string()}
 

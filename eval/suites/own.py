@@ -134,11 +134,11 @@ def unscored_rows(
     Raises:
         ValueError: If a text is too short to be parted; the row is named.
     """
-    from soul_trainer.sources import kind_of
+    from soul_trainer.sources import row_columns
 
     rows = []
     for split, dataset in splits.items():
-        columns = [*kind_of(dataset, split), *{WRONG_ANSWERS, TOOLS}.intersection(dataset.column_names)]
+        columns = [*row_columns(dataset, split), *{WRONG_ANSWERS}.intersection(dataset.column_names)]
         kept = spread(len(dataset), None if split == FORGET else arguments.max_rows)
         for index, (place, item) in enumerate(zip(kept, dataset.select(kept).select_columns(columns))):
             try:

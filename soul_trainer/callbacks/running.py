@@ -6,7 +6,7 @@ import threading
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..engines import Engine, make_engine, stop_at_gradient
+from ..engines import Engine, stop_at_gradient
 from ..pairing import PairedDataset
 
 
@@ -40,20 +40,19 @@ class FiniteCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.engine = make_engine(trainer.accelerator, trainer.model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ) -> None:
         """Looks at the gradients that the step would be of."""
-        if not self.engine.has_finite_gradients(optimizer):
+        if not self.trainer.engine.has_finite_gradients(optimizer):
             stop_at_gradient(self.trainer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         """Looks whether an engine with its own way of finding them has left the step out."""
-        if self.engine.step_was_lost():
+        if self.trainer.engine.step_was_lost():
             stop_at_gradient(self.trainer)
 
 

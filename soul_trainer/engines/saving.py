@@ -60,20 +60,19 @@ class SavedDtypeMixin(Trainer):
     _writes_checkpoint = False
 
     def _save_checkpoint(self, model: torch.nn.Module, trial) -> None:
-        self._check_weights()
         self._writes_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writes_checkpoint = False
 
-    def _check_weights(self) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As [`~transformers.Trainer`]'s, which also pushes, and with which a checkpoint begins. A model whose weights
+        are not finite is neither saved nor pushed.
+        """
         # A trainer that does not unlearn has no engine of its own.
         check_weights(self, getattr(self, "engine", None) or make_engine(self.accelerator, self.model))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer`]'s, which also pushes; a model whose weights are not finite is neither."""
-        self._check_weights()
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

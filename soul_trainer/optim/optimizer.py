@@ -369,6 +369,9 @@ class Soul(Optimizer):
 
     def _keep_out(self, hessians: list[Tensor], added: list[Tensor], decay: float) -> None:
         """Has what is not finite change nothing: an infinite `h` would freeze a weight for good."""
+        # A norm is one fast pass, and a refresh where all is finite, as nearly every one, needs no other.
+        if torch.stack(torch._foreach_norm(added, 2)).isfinite().all():
+            return
         for hessian, estimate in zip(hessians, added):
             is_bad = ~estimate.isfinite()
             self.num_kept_out = self.num_kept_out + is_bad.sum()

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 from datasets import Dataset
-from scenes import RETAIN, scene_config, scene_model
+from scenes import scene_config, scene_model
 from test_eval_scoring import byte_tokenizer
 
 from soul_eval.suites import own
@@ -264,18 +264,13 @@ REFUSED = {
 def test_a_row_that_a_template_cannot_write_is_named(name):
     """Would catch errors of jinja and KeyErrors that name no row and no way out."""
     template, row, message = REFUSED[name]
-    good = {"text": "fine"} if "text" in row else {"messages": TURNS}
-    if name == "no_dict":
+    if name == "no_dict":  # which no dataset holds beside turns that are
         with pytest.raises(ValueError, match=message):
             render(row, tokenizer_of(template))
         return
-    rows = [good, {**dict.fromkeys(good), **row}]
+    good = {"text": "fine"} if "text" in row else {"messages": TURNS}
     with pytest.raises(ValueError, match=f"Row 1 of `forget_dataset`: .*{message}"):
-        for place, each in enumerate(rows):
-            try:
-                render(each, tokenizer_of(template))
-            except ValueError as error:
-                raise ValueError(f"Row {place} of `forget_dataset`: {error}") from error
+        prepare([{**dict.fromkeys(row), **good}, row], tokenizer_of(template), name="forget_dataset")
 
 
 def test_a_template_that_repeats_the_answer_is_refused():
@@ -336,7 +331,7 @@ def test_a_trainer_takes_a_thinking_model_s_rows(tmp_path):
     config = scene_config(tmp_path, max_steps=1, save_strategy="no", max_length=96)
     trainer = UnlearnTrainer(model, config, rows[:2], rows[2:], tokenizer)
     trainer.train()
-    assert len(RETAIN) and trainer.state.global_step == 1
+    assert trainer.state.global_step == 1
 
 
 LONG = {
