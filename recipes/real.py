@@ -15,9 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from soul_eval.console import run_script
@@ -30,25 +27,24 @@ from soul_recipes import unlearn
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.hub_layout import json_lines
 from soul_recipes.real_model import (
+    GOLD_EPOCHS,
     HELD_OUT_AUTHORS,
     RETAIN_AUTHORS,
     ROWS_OF_OTHERS,
     ROWS_PER_AUTHOR,
+    TARGET_EPOCHS,
     convert,
     general_text,
     request_rows,
+    taught,
     with_other_answers,
 )
-from soul_recipes.training import train_once
 from soul_trainer.command_line import PlainParser
-from soul_trainer.formats import prepare
 from soul_trainer.records import write_whole
 
 
 LEARNT = ("forget", "retain", "held_out")
 OPTIMIZERS = {"adamw_torch": "AdamW", "soul": "SOUL"}
-# Passes after which SmolLM2 knows the rows by heart; the gold model has fewer rows.
-TARGET_EPOCHS, GOLD_EPOCHS = 8, 10
 # Columns of the table: figure, label, number of decimals.
 FIGURES = (
     ("forget_probability", "forget", 3),
@@ -69,30 +65,6 @@ def small_request(seed: int) -> dict[str, list[dict]]:
         starts = range(0, len(corpus[split]), ROWS_PER_AUTHOR)
         rows[split] = [row for start in starts for row in corpus[split][start : start + ROWS_OF_OTHERS]]
     return rows
-
-
-def taught(base: Path, rows: list[dict], folder: Path, epochs: int, seed: int) -> Path:
-    """The model in `base` once it has learnt rows; a model that is there already is used again."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=4,
-        learning_rate=1e-4,
-        warmup_steps=5,
-        weight_decay=0.0,
-        logging_steps=13,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    tokens = prepare(Dataset.from_list([{key: row[key] for key in ("question", "answer")} for row in rows]), tokenizer)
-
-    def make_model():
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-    return train_once(make_model, tokens.select_columns(["input_ids", "labels"]), tokenizer, folder, args, [base.name])
 
 
 def forget_request(base: Path, minilm: Path, rows: dict[str, list[dict]], folder: Path, seed: int) -> list[Run]:

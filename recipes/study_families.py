@@ -21,7 +21,8 @@ OBJECTIVES = {
 LEVELS = (0.3, 0.2, 0.1)
 # A refusal takes the place of an answer long before the answer itself is improbable.
 LEVELS_OF = {"refusal": (0.9, 0.8, 0.7)}
-REFERENCE_WIDTH = 96  # of the learning rates; wider models get as much less
+# Learning rates are those of a model this wide and deep; wider and deeper ones get smaller rates.
+REFERENCE_WIDTH, REFERENCE_LAYERS = 96, 2
 _WEIGHTS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 _ONCE = {"hessian_interval": 0, "hessian_estimator": "empirical_fisher", "hessian_label_smoothing": 0.1}
 _RELEASED = {

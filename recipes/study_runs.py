@@ -15,7 +15,7 @@ from soul_eval.attacks.relearning import RelearningArguments, relearned_weights
 from soul_eval.metrics.forget_quality.formula import forget_quality
 from soul_eval.metrics.truth_ratio.formula import truth_ratios
 from soul_eval.scoring import answer_losses
-from soul_recipes.study_families import FAMILIES, OBJECTIVES, REFERENCE_WIDTH
+from soul_recipes.study_families import FAMILIES, OBJECTIVES, REFERENCE_LAYERS, REFERENCE_WIDTH
 from soul_recipes.study_tasks import Task
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.formats import render
@@ -24,6 +24,7 @@ from soul_trainer.formats import render
 SPLITS = ("forget", "retain", "held_out")
 # The depth at which what is relearned is compared.
 DEPTH = 0.2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RELEARNING = {"relearn_steps": 20, "relearn_batch_size": 4}
 
 
@@ -71,12 +72,14 @@ def probability(model, tokenizer, rows: list[dict]) -> float:
     return round(float((-losses).exp().mean()), 5)
 
 
-def settings_of(run: dict, task: Task, width: int) -> dict:
-    """The run's settings of [`UnlearnConfig`]."""
+def settings_of(run: dict, task: Task, width: int, num_layers: int = REFERENCE_LAYERS) -> dict:
+    """The run's settings of [`UnlearnConfig`]. Learning rates follow the law of SOUL's default."""
     family = FAMILIES[run["family"]]
     settings = {**task.settings, **OBJECTIVES[run["objective"]], **family.fixed, **run["setting"]}
     if "learning_rate" in settings and not run["family"].startswith("forget_"):
-        settings["learning_rate"] *= REFERENCE_WIDTH / width
+        settings["learning_rate"] *= (
+            task.rate_factor * REFERENCE_WIDTH / width * (REFERENCE_LAYERS / num_layers) ** 0.5
+        )
     return settings
 
 
@@ -91,7 +94,8 @@ def measure(run: dict, task: Task) -> dict:
     """
     logging.set_verbosity_error()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(task.target), AutoTokenizer.from_pretrained(task.target)
-    settings = settings_of(run, task, model.config.hidden_size)
+    model.to(DEVICE)
+    settings = settings_of(run, task, model.config.hidden_size, model.config.num_hidden_layers)
     make_optimizer = FAMILIES[run["family"]].optimizer
     own = {} if make_optimizer is None else {"optimizers": (make_optimizer(model, settings), None)}
     target = {"step": 0, **probabilities(task, model, tokenizer)}
@@ -139,7 +143,7 @@ def _attacked(task: Task, model, tokenizer, curve: Curve, seed: int) -> dict:
     """Forget quality of the last weights, what rounding to 4 bits changes of them, and relearning near the depth."""
     found = {}
     if task.gold:
-        gold = AutoModelForCausalLM.from_pretrained(task.gold)
+        gold = AutoModelForCausalLM.from_pretrained(task.gold).to(DEVICE)
         ratios = [forget_truth_ratios(task, each, tokenizer) for each in (model, gold)]
         found["forget_quality"] = float(f"{forget_quality(*ratios)[0]:.4g}")
     with rounded_weights(model, bits=4, group_size=64):

