@@ -1,7 +1,7 @@
 """
-Measures the most memory that unlearning holds at a time with each forget loss, and compares it with gradient
-difference's: the model, its gradients, the optimizer's states, activations, and what is kept of the model before
-unlearning. A whole training is measured, from the pass that computes references to the last step.
+Measures the peak memory of unlearning with each optimizer, as a ratio to AdamW's, and with each forget loss, as a
+ratio to gradient difference's: the model, its gradients, the optimizer's states, activations, and what is kept of the
+model before unlearning. A whole training is measured, from the pass that computes references to the last step.
 
     python recipes/benchmark.py memory                                              # 34 million parameters
     python recipes/memory_benchmark.py --hidden_size 2048 --num_hidden_layers 16    # on a GPU, say
@@ -32,7 +32,17 @@ from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.objectives import FORGET_LOSSES
 
 
-OPTIMIZERS = {"AdamW": {"optim": "adamw_torch"}, "SOUL": {"optim": "soul", "rho": 1.0, "hessian_batch_size": 2}}
+# Kronecker curvature, the default of small models, takes a minute to measure in each training.
+OPTIMIZERS = {
+    "AdamW": {"optim": "adamw_torch"},
+    "SOUL, diagonal": {"optim": "soul", "rule": "diagonal", "hessian_batch_size": 2},
+}
+RULES = {"none": "no curvature", "diagonal": "diagonal", "kronecker": "Kronecker"}
+ALL_OPTIMIZERS = {
+    "AdamW": OPTIMIZERS["AdamW"],
+    "Sophia": {"optim": "sophia", "hessian_batch_size": 2},
+    **{f"SOUL, {label}": {**OPTIMIZERS["SOUL, diagonal"], "rule": rule} for rule, label in RULES.items()},
+}
 BASELINE = "ga"
 # Beside each forget loss with the retain loss `nll`: what needs whole distributions of the model before unlearning.
 DISTRIBUTIONS = {
@@ -114,6 +124,25 @@ def training_peak(
     return torch.cuda.max_memory_allocated() - before
 
 
+def shared_settings(args: MemoryBenchmarkArguments) -> dict:
+    """The settings of every training."""
+    # RMU steers a layer that a small model may not have.
+    layer = min(args.num_hidden_layers - 1, 7)
+    return {"per_device_train_batch_size": args.batch_size, "max_steps": args.steps, "rmu_layer": layer}
+
+
+def compare_optimizers(args: MemoryBenchmarkArguments) -> list[list[str]]:
+    """The rows of a table: for each optimizer with gradient difference, MiB and their ratio to AdamW's."""
+    tokenizer, rows = make_rows(args.batch_size * args.steps)
+    table, baseline = [["optimizer", "MiB", "ratio"]], None
+    for name, optimizer in ALL_OPTIMIZERS.items():
+        settings = {**shared_settings(args), **optimizer, "forget_loss": BASELINE}
+        peak = training_peak(args.model_config(), tokenizer, rows, settings)
+        baseline = baseline or peak
+        table.append([name, f"{peak / MIB:.1f}", f"{peak / baseline:.3f}"])
+    return table
+
+
 def compare_memory(args: MemoryBenchmarkArguments) -> list[list[str]]:
     """The rows of a table: for each forget loss and each optimizer, MiB and their ratio to gradient difference's."""
     config = args.model_config()
@@ -125,10 +154,7 @@ def compare_memory(args: MemoryBenchmarkArguments) -> list[list[str]]:
     for case in sorted(cases, key=lambda name: name != BASELINE):
         line = [case]
         for name, optimizer in OPTIMIZERS.items():
-            steps = {"per_device_train_batch_size": args.batch_size, "max_steps": args.steps}
-            # RMU steers a layer that a small model may not have.
-            layer = {"rmu_layer": min(args.num_hidden_layers - 1, 7)}
-            peak = training_peak(config, tokenizer, rows, {**steps, **layer, **optimizer, **cases[case]})
+            peak = training_peak(config, tokenizer, rows, {**shared_settings(args), **optimizer, **cases[case]})
             ratio = peak / baseline.setdefault(name, peak)
             line += [f"{peak / MIB:.1f}", f"{ratio:.3f}"]
         table.append(line)
@@ -136,13 +162,15 @@ def compare_memory(args: MemoryBenchmarkArguments) -> list[list[str]]:
 
 
 def main(args: MemoryBenchmarkArguments) -> None:
-    """Prints the table."""
+    """Prints both tables."""
     logging.set_verbosity_error()
     with torch.device("meta"):
         num_parameters = LlamaForCausalLM(args.model_config()).num_parameters()
     print(f"{num_parameters / 1e6:.1f}M parameters in float32; pairs of rows in a step: {args.batch_size}")
-    head, *lines = compare_memory(args)
-    print("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *lines)))
+    for compare in (compare_optimizers, compare_memory):
+        head, *lines = compare(args)
+        rows = (head, ["---", *["---:"] * (len(head) - 1)], *lines)
+        print("", *(f"| {' | '.join(row)} |" for row in rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .checks import check_refresh, check_settings
 from .partition import Partition, local
-from .rules import RULES, Bucket, MatrixCurvature, Rule
+from .rules import RULES, Bucket, MatrixCurvature, Rule, shares
 from .states import accumulate, gradients_of, new_state
 from .updates import Updates
 
@@ -349,16 +349,17 @@ class Soul(Optimizer):
                 if param.grad is not None or (group["two_directions"] and is_reached):
                     kinds[self.partition.layout(param), type(param), param.device, param.dtype].append(param)
             for params in kinds.values():
-                parts = [[param] for param in params] if group["foreach"] is False else [params]
-                for part in parts:
-                    yield self._bucket(group, part)
+                for share in shares(params, group["foreach"]):
+                    yield self._bucket(group, share)
 
     def _stepped_buckets(self) -> Iterator[Bucket]:
         kinds = defaultdict(list)
         for param, group in self._stepped.items():
             kinds[id(group), self.partition.layout(param), type(param), param.device, param.dtype].append(param)
         for params in kinds.values():
-            yield self._bucket(self._stepped[params[0]], params)
+            group = self._stepped[params[0]]
+            for share in shares(params, group["foreach"]):
+                yield self._bucket(group, share)
 
     def _average(self, bucket: Bucket, momentum: str) -> None:
         # m <- beta1 m + (1 - beta1) g
