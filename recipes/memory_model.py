@@ -1,16 +1,21 @@
 """
-What a step of `UnlearnTrainer` with Sophia needs on each GPU: a pure function of model, batch and engine.
+What a step of `UnlearnTrainer` with SOUL needs on each GPU: a pure function of model, batch, engine and rule.
 
 Bytes a parameter under `--bf16`, on P processes; besides these, activations (`memory_activations.py`):
 
-| engine | weights | gradients | masters | Sophia's states | buffers | in the backward | in the step |
+| engine | weights | gradients | masters | states | buffers | in the backward | in the step |
 |---|---|---|---|---|---|---|---|
-| single | 4 | 4 | | 8 | | | 8 |
-| ddp | 4 | 4 | | 8 | 4 | | 8 |
-| fsdp2 | 4/P | 4/P | | 8/P | | gathered units | 8/P |
-| zero1 | 2 | 2/P | 4/P | 8/P | 1e9 bytes | 2 - 2/P | 12/P |
-| zero2 | 2 | 2/P | 4/P | 8/P | 1e9 bytes | | 12/P |
-| zero3 | 2/P | 2/P | 4/P | 8/P | 1e9 bytes | gathered weights | 12/P, at most 12e9 bytes |
+| single | 4 | 4 | | S | | | T of a bucket |
+| ddp | 4 | 4 | | S | 4 | | T of a bucket |
+| fsdp2 | 4/P | 4/P | | S/P | | gathered units | T/P of a bucket |
+| zero1 | 2 | 2/P | 4/P | S/P | 1e9 bytes | 2 - 2/P | (T + 4)/P |
+| zero2 | 2 | 2/P | 4/P | S/P | 1e9 bytes | | (T + 4)/P |
+| zero3 | 2/P | 2/P | 4/P | S/P | 1e9 bytes | gathered weights | (T + 4)/P, at most of 1e9 weights |
+
+- S, the states, and T, the temporaries of a step, depend on the rule. Two directions without curvature have two
+  momenta: S = 8, T = 8. With the diagonal, SOUL's default above some 20 million parameters, S = 12, T = 12. Sophia's
+  published rule has a momentum and a Hessian: S = 8, T = 8. A refresh of the Hessian holds no more than T.
+- A bucket has 2^26 parameters, or the largest tensor's if those are more. DeepSpeed hands its part over as one tensor.
 
 - single, ddp: weights, gradients and states in float32, products in bfloat16 by autocast. That goes for weights that
   were loaded in bfloat16, too. With `float32_weights=False` they stay so: 2 and 2 bytes, but updates below their
@@ -19,13 +24,12 @@ Bytes a parameter under `--bf16`, on P processes; besides these, activations (`m
   embeddings and of norm and head, which stay gathered from the forward to their backward.
 - zero: bfloat16 weights and gradients, float32 masters and states; buffers, gathered weights and the part that a step
   of stage 3 takes at once are of DeepSpeed's default sizes.
-- In the step, Sophia's multi-tensor rule holds denominators and directions, 4 bytes each; the gradient's product is
-  gone before, and a refresh of the Hessian holds as much. A bfloat16 gradient is copied to float32, 4 more.
+- Under DeepSpeed, a step also copies the bfloat16 gradient to float32: 4 bytes.
 - Offload: masters, states, a float32 gradient (4/P) and a bfloat16 buffer (2/P) are in CPU memory, where the step is;
   weights too in stage 3 (2/P), and accumulated gradients in stage 2 (2/P).
 
 Left out: a frozen reference model, which the `kl` losses keep; CUDA's context, about 1 GiB; fragmentation and rounding
-of allocations; 12 bytes a tensor of Sophia's counters; loading and saving.
+of allocations; 12 bytes a tensor of the optimizer's counters; Kronecker curvature; loading and saving.
 """
 
 from dataclasses import dataclass
@@ -33,10 +37,14 @@ from dataclasses import dataclass
 from transformers import LlamaConfig
 
 from soul_recipes.memory_activations import AUTOCAST, BFLOAT16, Batch, Shape, peak_bytes
+from soul_trainer.optim.rules import LARGEST_BUCKET
 
 
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters, sub_group_size.
 BUCKET, LIVE, SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
+# Bytes a parameter of each rule: its states, and the temporaries of its step.
+STATES = {"none": 8, "diagonal": 12, "sophia": 8}
+TEMPORARIES = {"none": 8, "diagonal": 12, "sophia": 8}
 
 
 def llama(hidden: int, inner: int, layers: int, heads: int, is_tied: bool = False, **settings) -> LlamaConfig:
@@ -95,7 +103,14 @@ class Memory:
         return fixed + max(self.backward, self.step)
 
 
-def plan(shape: Shape, batch: Batch, engine: str, processes: int) -> Memory:
+def plan(
+    shape: Shape,
+    batch: Batch,
+    engine: str,
+    processes: int,
+    rule: str = "diagonal",
+    bucket_size: int = LARGEST_BUCKET["others"],
+) -> Memory:
     """
     Memory of the fullest process.
 
@@ -104,14 +119,19 @@ def plan(shape: Shape, batch: Batch, engine: str, processes: int) -> Memory:
         batch ([`Batch`]): A micro-batch of one process.
         engine (`str`): A name of `ENGINES`.
         processes (`int`): GPUs that share the work.
+        rule (`str`, *optional*, defaults to `"diagonal"`): One of `STATES`.
+        bucket_size (`int`, *optional*): Parameters of a bucket, by default a GPU's.
     """
     kind, whole = ENGINES[engine], shape.parameters
+    states, temporaries = STATES[rule], TEMPORARIES[rule]
     part = -(-whole // processes) if kind.stage else whole
     if not kind.is_deepspeed:
         backward = peak_bytes(shape, batch, BFLOAT16 if kind.stage else AUTOCAST)
         backward += _fsdp2_bytes(shape, processes) if kind.stage else 0
         buckets = 4 * whole if engine == "ddp" else 0
-        return Memory(4 * part, 4 * part, 0, 8 * part, buckets, backward, 8 * part)
+        stepped = min(whole, max(bucket_size, shape.head))
+        step = temporaries * (-(-stepped // processes) if kind.stage else stepped)
+        return Memory(4 * part, 4 * part, 0, states * part, buckets, backward, step)
     weights = 2 * (part if kind.stage == 3 else whole)
     bucket = 2 * BUCKET
     gathered = 2 * min(whole, max(LIVE, shape.head)) if kind.stage == 3 else 0
@@ -119,9 +139,9 @@ def plan(shape: Shape, batch: Batch, engine: str, processes: int) -> Memory:
     stepped = min(part, SUB_GROUP) if kind.stage == 3 else part
     if not kind.is_offloaded:
         backward += 2 * (whole - part) if kind.stage == 1 else 0
-        return Memory(weights, 2 * part, 4 * part, 8 * part, bucket, backward, 12 * stepped)
+        return Memory(weights, 2 * part, 4 * part, states * part, bucket, backward, (temporaries + 4) * stepped)
     # Masters, states, the float32 gradient, a bfloat16 buffer, and weights or accumulated gradients; then the step.
-    cpu = (4 + 8 + 4 + 2 + 2) * part + 8 * stepped
+    cpu = (4 + states + 4 + 2 + 2) * part + temporaries * stepped
     if kind.stage == 3:
         return Memory(0, 0, 0, 0, bucket, backward, 0, cpu)
     # Each side has a buffer for the gradient of the largest parameter.

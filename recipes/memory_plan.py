@@ -1,5 +1,5 @@
 """
-Prints what unlearning with Sophia needs in memory, per GPU, for each engine; computed, without loading a model.
+Prints what unlearning with SOUL needs in memory, per GPU, for each engine; computed, without loading a model.
 
     python recipes/memory_plan.py                                  # Llamas of 1B to 405B parameters
     python recipes/memory_plan.py --model HUB_ID --gpus 8 --parts  # what it is made of, for any Llama-like model
@@ -28,9 +28,10 @@ from soul_recipes.memory_activations import (
     peak_bytes,
     saved_bytes,
 )
-from soul_recipes.memory_model import ENGINES, LLAMAS, Memory, llama, plan
+from soul_recipes.memory_model import ENGINES, LLAMAS, STATES, Memory, llama, plan
 from soul_trainer.log_probs import shift_labels, token_log_probs
-from soul_trainer.optim import Sophia
+from soul_trainer.optim import Soul
+from soul_trainer.optim.rules import LARGEST_BUCKET
 
 
 GIB, MIB = 2**30, 2**20
@@ -48,6 +49,13 @@ class MemoryArguments:
     batch_size: int = field(default=1, metadata={"help": "Pairs of a forget and a retain row, on each GPU."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens of the longest row."})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Whether layers are computed twice."})
+    rule: str = field(
+        default="diagonal",
+        metadata={
+            "help": "What the optimizer keeps: two momenta, with a diagonal or none, or Sophia's.",
+            "choices": [*STATES],
+        },
+    )
     parts: bool = field(default=False, metadata={"help": "Whether to print what each number is made of."})
     check: bool = field(default=False, metadata={"help": "Whether to measure a small model instead."})
 
@@ -74,7 +82,9 @@ def tables(args: MemoryArguments) -> list[list[str]]:
         for engine, kind in ENGINES.items():
             # One GPU shares with nobody, and several do not run one process.
             plans = {
-                n: plan(shape, batch, engine, n) for n in gpus if (n == 1) == (engine == "single") or kind.is_offloaded
+                n: plan(shape, batch, engine, n, args.rule)
+                for n in gpus
+                if (n == 1) == (engine == "single") or kind.is_offloaded
             }
             if args.parts:
                 sizes = {n: {**asdict(memory), "gpu": memory.gpu} for n, memory in plans.items()}
@@ -95,7 +105,7 @@ def allocated_peak(action: Callable[[], object]) -> int:
     return max(total["Total Allocated"] for total in totals) - (totals[0]["Total Allocated"] - totals[0]["Bytes"])
 
 
-def measure(config: LlamaConfig, batch: Batch, precision: Precision) -> dict[str, int]:
+def measure(config: LlamaConfig, batch: Batch, precision: Precision, rule: str = "diagonal") -> dict[str, int]:
     """True bytes of a model on this machine: of the parts that [`Memory`] has, and `saved` and `peak` in a batch."""
     model = LlamaForCausalLM(config).to(torch.bfloat16 if precision is BFLOAT16 else torch.float32).train()
     if batch.is_checkpointed:
@@ -122,10 +132,13 @@ def measure(config: LlamaConfig, batch: Batch, precision: Precision) -> dict[str
     loss.backward()
     del loss
     sizes["peak"] = allocated_peak(lambda: forward().backward())
-    sophia = Sophia(model.parameters())
-    sophia.step()
-    sizes["step"] = allocated_peak(sophia.step)
-    states = [state[name] for state in sophia.state.values() for name in ("exp_avg", "hessian")]
+    has_directions = rule != "sophia"
+    scaling = "tensor" if has_directions else "none"
+    optimizer = Soul(model.parameters(), rule=rule, scaling=scaling, two_directions=has_directions)
+    optimizer.step()
+    sizes["step"] = allocated_peak(optimizer.step)
+    names = ("exp_avg", "exp_avg_forget", "hessian")
+    states = [state[name] for state in optimizer.state.values() for name in names if name in state]
     tensors = {"weights": model.parameters(), "gradients": [p.grad for p in model.parameters()], "states": states}
     return sizes | {part: sum(tensor.nbytes for tensor in group) for part, group in tensors.items()}
 
@@ -139,7 +152,7 @@ def check(batch_size: int, tokens: int) -> list[list[str]]:
             batch = Batch(2 * batch_size, tokens, is_checkpointed)
             planned = {"saved": saved_bytes(shape, batch, precision), "peak": peak_bytes(shape, batch, precision)}
             if precision is AUTOCAST and not is_checkpointed:
-                planned = asdict(plan(shape, batch, "single", 1)) | planned
+                planned = asdict(plan(shape, batch, "single", 1, bucket_size=LARGEST_BUCKET["cpu"])) | planned
             for what, true in measure(SMALL, batch, precision).items():
                 if what in planned:
                     sizes = [f"{planned[what] / MIB:.2f}", f"{true / MIB:.2f}", f"{planned[what] / true - 1:+.2%}"]

@@ -9,7 +9,8 @@ from transformers import HfArgumentParser
 
 from soul_recipes import memory_plan as recipe
 from soul_recipes.memory_activations import AUTOCAST, BFLOAT16, FLOAT32, Batch, Shape, peak_bytes, saved_bytes
-from soul_recipes.memory_model import BUCKET, ENGINES, LLAMAS, llama, plan
+from soul_recipes.memory_model import BUCKET, ENGINES, LLAMAS, STATES, llama, plan
+from soul_trainer.optim.rules import LARGEST_BUCKET
 
 
 PUBLISHED = {"Llama-3.2-1B": 1.236e9, "Llama-3.1-8B": 8.030e9, "Llama-3.1-70B": 70.554e9, "Llama-3.1-405B": 405.853e9}
@@ -35,17 +36,29 @@ def test_parameters_are_as_many_as_published(name):
 @pytest.mark.parametrize("config", [DEEP, WIDE], ids=["deep", "wide"])
 def test_plan_is_what_a_small_model_takes(config, precision, is_checkpointed):
     """
-    Would catch a formula with a tensor too few or many, or in the wrong dtype; losses that keep the logits twice; a
-    Sophia with another state, or with more or fewer temporaries; a transformers or torch that keeps something else.
+    Would catch a formula with a tensor too few or many, or in the wrong dtype; losses that keep the logits twice; an
+    optimizer with another state, or with more or fewer temporaries; a transformers or torch that keeps something else.
     """
     shape, batch, precision = Shape.of(config), Batch(3, 96, is_checkpointed), PRECISIONS[precision]
     measured = recipe.measure(config, batch, precision)
     assert saved_bytes(shape, batch, precision) == pytest.approx(measured["saved"], rel=SAVED)
     assert peak_bytes(shape, batch, precision) == pytest.approx(measured["peak"], rel=PEAK)
     if precision is not BFLOAT16:
-        planned = plan(shape, batch, "single", 1)
+        planned = plan(shape, batch, "single", 1, bucket_size=LARGEST_BUCKET["cpu"])
         for part in ("weights", "gradients", "states"):
             assert getattr(planned, part) == measured[part]
+        assert planned.step == pytest.approx(measured["step"], rel=SAVED)
+
+
+@pytest.mark.parametrize("rule", STATES)
+def test_every_rule_takes_what_is_planned(rule, monkeypatch):
+    """Would catch a plan for Sophia's two states where SOUL keeps three, and a step that holds two buckets."""
+    shape, batch = Shape.of(WIDE), Batch(1, 16)
+    for largest in (2**26, 2**17):
+        monkeypatch.setitem(LARGEST_BUCKET, "cpu", largest)
+        planned = plan(shape, batch, "single", 1, rule, largest)
+        measured = recipe.measure(WIDE, batch, FLOAT32, rule)
+        assert planned.states == measured["states"]
         assert planned.step == pytest.approx(measured["step"], rel=SAVED)
 
 
@@ -58,7 +71,7 @@ def test_shards_of_all_processes_make_the_whole(engine, processes):
     sharded = ["masters", "states", "gradients"] + ["weights"] * (ENGINES[engine].stage == 3)
     for name in sharded:
         padding = processes * getattr(part, name) - getattr(whole, name)
-        assert 0 <= padding < 8 * processes, name
+        assert 0 <= padding < STATES["diagonal"] * processes, name
     for name in {"weights", "buffers"} - set(sharded):
         assert getattr(part, name) == getattr(whole, name), name
     assert part.cpu == whole.cpu == 0
@@ -183,7 +196,7 @@ def test_two_processes_hold_what_is_planned(tmp_path):
     shape = Shape.of(NARROW)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     for engine, kind in ((name, ENGINES[name]) for name in ranks[0]):
-        part, whole = plan(shape, Batch(1, 8), engine, 2), plan(shape, Batch(1, 8), engine, 1)
+        part, whole = (plan(shape, Batch(1, 8), engine, processes, "sophia") for processes in (2, 1))
         low = part.weights + (part.gradients + part.buffers - 2 * BUCKET + 2 * bucket) * (kind.stage == 3)
         planned = {"torch.float32": part.masters + part.states, "torch.bfloat16": low}
         if not kind.is_deepspeed:

@@ -199,6 +199,7 @@ class Soul(Optimizer):
             for param in bucket.params:
                 self.state[param]["step"] += 1
                 self._stepped[param] = bucket.group
+            del halves, update
         return loss
 
     @contextmanager

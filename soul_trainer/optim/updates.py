@@ -31,6 +31,7 @@ class Updates:
                 means = self._tensor_means(bucket)
                 halves = [RULES[bucket.group["rule"]].directions(bucket, name, means) for name in names]
                 yield bucket, [scale_to_tensors(bucket, half) for half in halves] if scaling == "tensor" else halves
+                del halves  # or else two buckets' are there at a time
             return
         if not buckets[0].partition.is_whole({param for bucket in buckets for param in bucket.params}):
             raise ValueError(
