@@ -34,17 +34,18 @@ def test_parameters_are_as_many_as_published(name):
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("config", [DEEP, WIDE], ids=["deep", "wide"])
-def test_plan_is_what_a_small_model_takes(config, precision, is_checkpointed):
+def test_plan_is_what_a_small_model_takes(config, precision, is_checkpointed, monkeypatch):
     """
     Would catch a formula with a tensor too few or many, or in the wrong dtype; losses that keep the logits twice; an
     optimizer with another state, or with more or fewer temporaries; a transformers or torch that keeps something else.
     """
+    monkeypatch.setitem(LARGEST_BUCKET, "cpu", LARGEST_BUCKET["others"])  # buckets need not be full
     shape, batch, precision = Shape.of(config), Batch(3, 96, is_checkpointed), PRECISIONS[precision]
     measured = recipe.measure(config, batch, precision)
     assert saved_bytes(shape, batch, precision) == pytest.approx(measured["saved"], rel=SAVED)
     assert peak_bytes(shape, batch, precision) == pytest.approx(measured["peak"], rel=PEAK)
     if precision is not BFLOAT16:
-        planned = plan(shape, batch, "single", 1, bucket_size=LARGEST_BUCKET["cpu"])
+        planned = plan(shape, batch, "single", 1)
         for part in ("weights", "gradients", "states"):
             assert getattr(planned, part) == measured[part]
         assert planned.step == pytest.approx(measured["step"], rel=SAVED)
