@@ -21,7 +21,7 @@ import torch
 from soul_eval.console import run_script
 from soul_eval.study.figures import best_setting
 from soul_eval.study.records import parse_run
-from soul_recipes.study_families import FAMILIES, OBJECTIVES, key, levels_of, search_plan
+from soul_recipes.study_families import FAMILIES, OBJECTIVES, SMALLEST, key, levels_of, search_plan
 from soul_recipes.study_report import write_study
 from soul_recipes.study_runs import measure
 from soul_recipes.study_tasks import TASKS, make_task
@@ -30,7 +30,6 @@ from soul_trainer.command_line import PlainParser
 
 # Of no final run. Those of TOFU take other authors each, of which there are not so many.
 SEARCH_SEEDS = {"embedded-0.3M": 100, "embedded-2M": 100, "embedded-10M": 100, "tofu": 4, "smollm2": 4}
-SMALLEST = "embedded-0.3M"
 NUM_SEEDS = {"embedded-0.3M": 5, "embedded-2M": 3, "embedded-10M": 3, "tofu": 3, "smollm2": 3}
 
 

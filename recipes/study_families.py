@@ -18,6 +18,8 @@ OBJECTIVES = {
     "refusal": {"forget_loss": "refusal"},
     "rmu": {"forget_loss": "rmu", "retain_loss": "activations", "trainable_parameters": ".*"},
 }
+# The task whose search serves tasks without one.
+SMALLEST = "embedded-0.3M"
 LEVELS = (0.3, 0.2, 0.1)
 # A refusal takes the place of an answer long before the answer itself is improbable.
 LEVELS_OF = {"refusal": (0.9, 0.8, 0.7)}

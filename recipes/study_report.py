@@ -1,6 +1,7 @@
 """The tables and the figure of a study, from rows that are kept: no model is needed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from soul_eval.study.drawing import draw_curves
@@ -8,7 +9,7 @@ from soul_eval.study.figures import best_setting
 from soul_eval.study.records import Run, read_runs
 from soul_eval.study.summary import summarise
 from soul_eval.study.tables import detail_table, difference_table, kept_table
-from soul_recipes.study_families import FAMILIES, OBJECTIVES, levels_of
+from soul_recipes.study_families import FAMILIES, OBJECTIVES, SMALLEST, levels_of
 
 
 REFERENCE = "adamw"
@@ -29,6 +30,15 @@ def finished(runs: Sequence[Run], levels: Sequence[float]) -> list[str]:
     return families
 
 
+def with_settings(runs: Sequence[Run], task: str) -> list[Run]:
+    """The runs of a task. A family that was not searched there brings the search on the smallest model."""
+    own = [run for run in runs if run.task == task]
+    searched = {run.family for run in own if run.stage == "search"}
+    borrowing = {(run.family, run.objective) for run in own if run.family not in searched}
+    found = [run for run in runs if (run.task, run.stage) == (SMALLEST, "search")]
+    return own + [replace(run, task=task) for run in found if (run.family, run.objective) in borrowing]
+
+
 def write_study(folder: Path) -> None:
     """
     Writes `tables.md` and a picture for each task beside the rows.
@@ -39,7 +49,7 @@ def write_study(folder: Path) -> None:
     runs = read_runs(sorted(folder.glob("*.jsonl")))
     parts = []
     for task in sorted({run.task for run in runs}):
-        own = [run for run in runs if run.task == task]
+        own = with_settings(runs, task)
         objectives = [name for name in OBJECTIVES if any(run.objective == name for run in own)]
         for objective in objectives:
             some = [run for run in own if run.objective == objective]

@@ -1,5 +1,8 @@
 """A study's tables, and the picture's curves."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -8,6 +11,8 @@ from study_scenes import curve_of, level_runs, run_of
 from soul_eval.study.drawing import COLOURS, band, curves_figure, draw_curves
 from soul_eval.study.summary import summarise
 from soul_eval.study.tables import MISSING, detail_table, difference_table, kept_table, study_tables
+from soul_recipes.study_families import FAMILIES, SMALLEST
+from soul_recipes.study_report import write_study
 
 
 LABELS = {"soul": "SOUL, as released", "adamw": "AdamW"}
@@ -223,3 +228,16 @@ def test_a_picture_is_of_one_task_and_of_one_run_a_seed():
     for bad in ([], [run_of()]):
         with pytest.raises(ValueError, match="must have final runs"):
             curves_figure(bad)
+
+
+def test_a_task_without_a_search_is_reported_by_the_smallest_ones(tmp_path):
+    """Would catch a searched family that is missing from a larger model's table, whose setting another task found."""
+    searched = [run_of(0.6, rate=1.0, task=SMALLEST), run_of(0.5, rate=3.0, task=SMALLEST)]
+    finals = [run_of(0.6, rate=1.0, task="larger", seed=seed, stage="final") for seed in (1, 2)]
+    finals += [run_of(0.7, family="soul", setting={}, task="larger", seed=seed, stage="final") for seed in (1, 2)]
+    lines = [json.dumps(asdict(run)) for run in (*searched, *finals)]
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_study(tmp_path)
+    tables = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert "## larger, npo" in tables
+    assert FAMILIES["adamw"].label in tables and FAMILIES["soul"].label in tables
