@@ -45,7 +45,8 @@ STEP_BY_WIDTH = {"none": 0.067, "diagonal": 0.12, "kronecker": 0.12, "sophia": 0
 LAYERS_OF_STEP = 2  # of the models on which they were found
 TRUST_REGION_STEP = 3e-4
 # Adapters begin at nothing, and are of low rank. AdamW is as fast with ten times the rate, as is common practice; in
-# two directions, adapters on queries and values get below 0.2 in 60 steps with twelve times: docs/methods.md.
+# two directions, adapters on queries and values get below 0.2 in 60 steps with twelve times, for which a model of 30
+# layers needs no smaller steps than one of two: docs/methods.md.
 LORA_LEARNING_RATE, LORA_STEPS = 1e-4, 12
 # With Kronecker curvature, a whole step of the retain direction costs more of what is held out than it keeps. With the
 # others, less than a whole step keeps less: docs/study.md.
@@ -76,8 +77,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         f"({STEP_BY_WIDTH['none']} without curvature) times the root of {LAYERS_OF_STEP} over its number of layers in "
         f"two directions, {TRUST_REGION_STEP} in a trust region, and "
         f"{PUBLISHED_LEARNING_RATE} for any other optimizer or rule. With LoRA, {LORA_STEPS} times as much in two "
-        "directions (for q_proj and v_proj with lora_alpha=32; less for more adapters and for a larger alpha), and "
-        f"{LORA_LEARNING_RATE} for any other optimizer or rule.",
+        "directions, whatever the number of layers (for q_proj and v_proj with lora_alpha=32; less for more adapters "
+        f"and for a larger alpha), and {LORA_LEARNING_RATE} for any other optimizer or rule.",
     )
     num_train_epochs: NotNegative = setting(5, "Passes over the forget rows.")
     remove_unused_columns: bool = setting(False, "Kept False: rows carry more than the model's arguments.")
@@ -197,10 +198,12 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
                 "`learning_rate` is open, and the model's configuration has no `hidden_size` or no "
                 "`num_hidden_layers`, on which it depends: set it."
             )
-        longer = LORA_STEPS / adapter_reach if adapter_reach else 1
-        smaller = (LAYERS_OF_STEP / (num_layers or LAYERS_OF_STEP)) ** 0.5 / (width or 1)
+        if adapter_reach:
+            length = LORA_STEPS / adapter_reach
+        else:
+            length = (LAYERS_OF_STEP / (num_layers or LAYERS_OF_STEP)) ** 0.5
         self.learning_rate = {
-            "tensor": longer * smaller * STEP_BY_WIDTH[settings.rule],
+            "tensor": length * STEP_BY_WIDTH[settings.rule] / (width or 1),
             "trust_region": TRUST_REGION_STEP,
             "none": LORA_LEARNING_RATE if adapter_reach else PUBLISHED_LEARNING_RATE,
         }[scaling]
