@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from soul_trainer import UnlearnConfig, UnlearnTrainer, UntilForgottenCallback
@@ -346,13 +346,16 @@ def _tracked_run() -> object | None:
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def _checkpoint(args: UnlearnConfig) -> str | None:
-    """Where a run resumes: `--resume_from_checkpoint` names a checkpoint, maybe another run's, or says True."""
+def _checkpoint(args: UnlearnConfig) -> str | bool | None:
+    """
+    Where a run resumes: `--resume_from_checkpoint` names a checkpoint, maybe that of another run of the comparison, or
+    says True. A run that has no checkpoint begins.
+    """
     wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
     if not wanted:
         return None
     if wanted is True or wanted.lower() == "true":
-        return get_last_checkpoint(args.output_dir) if folder.is_dir() else None
+        return any(folder.glob("checkpoint-*")) or None
     if not Path(wanted).is_dir():
         raise ValueError(f"`resume_from_checkpoint`={wanted!r}: no such folder.")
     return wanted if Path(wanted).resolve().parent == folder.resolve() else None

@@ -132,6 +132,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     )
     refusal_answers: str | None = setting(None, "Text file with one refusal a line, for forget_loss=refusal or dpo.")
     overwrite: bool = setting(False, "Whether to overwrite a finished run in output_dir.")
+    allow_other_run: bool = setting(
+        False, "Whether a checkpoint of a run with other settings, rows or another model may be resumed."
+    )
 
     @property
     def default_rule(self) -> str:

@@ -236,6 +236,12 @@ class Objectives(NamedTuple):
         """Whether a field of one of them is set."""
         return any(getattr(objective, field) for objective in self if objective is not None)
 
+    @property
+    def look_back(self) -> bool:
+        """Whether they compare the model with what it was before unlearning."""
+        fields = ("needs_reference", "needs_reference_log_prob", "needs_reference_hidden_states", "is_negated")
+        return any(self.any(field) for field in fields)
+
 
 def l1_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Sum of absolute values of the trainable parameters (l1-sparse; Jia et al., 2023, arXiv 2304.04934)."""

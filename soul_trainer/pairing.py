@@ -103,8 +103,9 @@ class PairedDataset(Dataset):
         self.forget, self.retain, self.seed = forget, retain, seed
         self.answers, self.tokenizer, self.max_length = answers, tokenizer, max_length
         self.with_forget, self.with_retain = with_forget, with_retain
-        # Of the preferred answers, before unlearning; see `preferred_rows`.
+        # Of the preferred answers that the first epochs draw, before unlearning; see `preferred_rows`.
         self.preferred_log_prob: dict[tuple[int, str], float] = {}
+        self.num_known_epochs = 0
         # In shared memory, because persistent data loader workers would keep an ordinary attribute's first value.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -120,7 +121,9 @@ class PairedDataset(Dataset):
         item = {}
         if self.with_forget:
             row = self.forget[index]
-            other = None if self.answers is None else self._with_other_answer(row, epoch, index)
+            # The model before unlearning is gone when a second training goes on for longer, and cannot be asked.
+            drawn = epoch % self.num_known_epochs if self.num_known_epochs else epoch
+            other = None if self.answers is None else self._with_other_answer(row, drawn, index)
             if other is None:
                 item["forget"] = row
             elif self.answers.are_preferred:

@@ -67,7 +67,11 @@ def run_settings(args: UnlearnConfig) -> dict:
         idle |= {"reference", "reference_topk"}
     if args.optim not in SOUL_NAMES:
         idle |= {setting.name for setting in fields(SoulArguments)}
-    own = [setting.name for setting in fields(args) if setting.name not in inherited | idle | {"overwrite"}]
+    own = [
+        setting.name
+        for setting in fields(args)
+        if setting.name not in inherited | idle | {"overwrite", "allow_other_run"}
+    ]
     values = {name: getattr(args, name) for name in own}
     if args.optim in SOUL_NAMES:
         values |= asdict(args.resolved())

@@ -90,7 +90,8 @@ def keep_with_rows(rows: PairedDataset, objectives: Objectives, args: UnlearnCon
         if "reference_log_prob" not in rows.forget.column_names:
             rows.forget = rows.forget.add_column("reference_log_prob", answer_log_probs(rows.forget, forward))
         if objectives.forget.prefers_answers and not rows.preferred_log_prob:
-            preferred = rows.preferred_rows(_num_epochs(args, len(rows)))
+            rows.num_known_epochs = _num_epochs(args, len(rows))
+            preferred = rows.preferred_rows(rows.num_known_epochs)
             rows.preferred_log_prob = dict(zip(preferred, answer_log_probs(list(preferred.values()), forward)))
     if args.reference != "cached_topk":
         return
@@ -113,7 +114,7 @@ def drop_from_rows(rows: PairedDataset) -> None:
     for half in ("forget", "retain"):
         dataset = getattr(rows, half)
         setattr(rows, half, dataset.remove_columns(kept & set(dataset.column_names)))
-    rows.preferred_log_prob = {}
+    rows.preferred_log_prob, rows.num_known_epochs = {}, 0
 
 
 def _num_epochs(args: UnlearnConfig, num_rows: int) -> int:

@@ -1,6 +1,5 @@
 """A run of a trainer: its model, what a former run has left, its folder and its model card. A search makes many."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -13,8 +12,9 @@ from transformers.utils import logging
 
 from . import engines
 from .batch import IGNORE_INDEX
-from .callbacks import callbacks_for
+from .callbacks import FingerprintCallback, callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
+from .fingerprint import rows_digest
 from .freezing import freeze_parameters
 from .held_folder import check_alike, hold_folder
 from .inputs import check_model
@@ -84,14 +84,20 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
         if not self.engine.shards:
             self.prepare_reference()
 
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint that a run goes on from, which is whole and its own."""
+        wanted = {"true": True, "false": None}.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+        (own,) = [callback for callback in self.own_callbacks if isinstance(callback, FingerprintCallback)]
+        self.is_resumed = bool(wanted)
+        if not wanted:
+            own.warn_of_half_unlearned()
+            return None
+        return engines.whole_checkpoint(wanted, self.args, None if self.args.allow_other_run else own.difference_from)
+
     def _facts(self) -> dict[str, object]:
         """What all processes must have alike."""
         pairs = {"forget_dataset": self.train_dataset.forget, "retain_dataset": self.train_dataset.retain}
-        rows = {
-            name: hashlib.sha256(repr([half["input_ids"][:], half["labels"][:]]).encode()).hexdigest()
-            for name, half in pairs.items()
-            if half is not None
-        }
+        rows = {name: rows_digest(half) for name, half in pairs.items() if half is not None}
         return {**run_settings(self.args), **rows, "model": self.model.config.to_json_string()}
 
     def train(self, *args, **kwargs) -> TrainOutput:

@@ -118,15 +118,14 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         Unlearns. See [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If `output_dir` holds a finished run, without `overwrite` or `resume_from_checkpoint`.
+            ValueError: If `output_dir` holds a finished run, without `overwrite` or `resume_from_checkpoint`, or the
+                checkpoint is not whole or of another run.
             FloatingPointError: If a loss is not finite; the state before the step is saved and the rows are named.
             KeyboardInterrupt: After an interrupt, once its checkpoint is written.
         """
-        self.is_resumed = bool(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = engines.whole_checkpoint(resume_from_checkpoint, self.args)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
         if self._interrupt.agree():

@@ -55,7 +55,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(run, tmp_pat
     (folder / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match="was not written to its end: it has no trainer_state.json.*Name an earlier"):
         scene_trainer(tmp_path / "other", **SETTINGS).train(resume_from_checkpoint=str(folder))
-    with pytest.raises(ValueError, match="found no whole checkpoint in"):
+    with pytest.raises(ValueError, match="found no whole checkpoint of this run in"):
         scene_trainer(tmp_path, **SETTINGS).train(resume_from_checkpoint=True)
 
 

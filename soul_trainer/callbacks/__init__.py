@@ -4,6 +4,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ..soul_settings import SOUL_NAMES
+from .fingerprint import FingerprintCallback
 from .forgotten import UntilForgottenCallback
 from .hessian import HessianCallback
 from .mask import MaskCallback
@@ -14,6 +15,7 @@ from .watch import WatchCallback
 
 
 __all__ = [
+    "FingerprintCallback",
     "FiniteCallback",
     "HessianCallback",
     "InterruptCallback",
@@ -39,6 +41,7 @@ def callbacks_for(trainer: Trainer, retain: Dataset, forget: Dataset) -> list[Tr
     """
     args = trainer.args
     callbacks = [PairingCallback(trainer.train_dataset), FiniteCallback(trainer)]
+    callbacks.append(FingerprintCallback(trainer, retain, forget))
     if args.retain_weight_schedule == "primal_dual":
         callbacks.append(PrimalDualCallback(trainer))
     if args.weight_mask != "none":

@@ -15,7 +15,7 @@ Every branch on the engine that runs the model, and every sum over processes. No
 """
 
 from .base import MOST_OVERFLOWS, Engine, GradientError, find_soul, trained_parameters
-from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, whole_checkpoint
+from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, newest_checkpoint, whole_checkpoint
 from .checks import check_engine, check_estimator, check_trainer, prepare_deepspeed
 from .choice import make_engine
 from .hooks import check_weights, rows_per_forward, save_checkpoint, stop_at_gradient, stop_at_rows
@@ -39,6 +39,7 @@ __all__ = [
     "find_soul",
     "keeper_of_weights",
     "make_engine",
+    "newest_checkpoint",
     "prepare_deepspeed",
     "rows_per_forward",
     "save_checkpoint",

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,44 +26,94 @@ _ARCHIVES = (
     *("pytorch_model*.bin", "*_states.pt"),
 )
 _SHARDED = "sharded"
+# What a resume needs, by the files of which one engine or another writes one. DeepSpeed has a scheduler of its own.
+_ENGINE_STATE = ("global_step*", _SHARDED)
+_NEEDED = {
+    "the state of the optimizer (optimizer.pt)": ("optimizer.pt", "optimizer.bin", "optimizer_*", *_ENGINE_STATE),
+    "the state of the scheduler (scheduler.pt)": ("scheduler.pt", "global_step*"),
+    "the random state (rng_state.pth)": ("rng_state*.pth",),
+}
 
 
-def whole_checkpoint(resume_from_checkpoint: str | bool, args: TrainingArguments) -> str:
+def whole_checkpoint(
+    resume_from_checkpoint: str | bool, args: TrainingArguments, other_run: Callable[[str], str | None] | None = None
+) -> str:
     """
     The checkpoint to resume from.
 
     Args:
         resume_from_checkpoint (`str` or `bool`):
-            A folder; or True, for the newest in `output_dir` that was written to its end. A warning names those that
-            are skipped.
+            A folder; or True, for the newest in `output_dir` that is whole and of this run. A warning names those
+            that are skipped.
         args ([`~transformers.TrainingArguments`]): Of the run.
+        other_run (`Callable`, *optional*): Says of a checkpoint what shows that it is of another run, or `None`.
 
     Raises:
-        ValueError: If the folder was not written to its end, or there is none.
+        ValueError: If the folder is not whole or of another run, or there is none to resume.
     """
+
+    def reason_against(folder: str) -> str | None:
+        if obstacle := damage_of(folder):
+            return f"it was not written to its end: {obstacle}"
+        if obstacle := missing_from(folder):
+            return obstacle
+        obstacle = other_run(folder) if other_run else None
+        return f"it is of another run: {obstacle}" if obstacle else None
+
     if resume_from_checkpoint is not True:
-        damage = damage_of(resume_from_checkpoint)
-        if damage:
+        if reason := reason_against(resume_from_checkpoint):
             raise ValueError(
-                f"`resume_from_checkpoint`={resume_from_checkpoint!r} was not written to its end: {damage}. Name an "
-                "earlier one, or True for the newest that is whole."
+                f"`resume_from_checkpoint`={str(resume_from_checkpoint)!r} cannot be resumed, because {reason}. Name "
+                "an earlier one, or True for the newest of this run that is whole; or train anew, in another "
+                "`output_dir`. A checkpoint of another run is resumed with `allow_other_run=True`."
             )
         return str(resume_from_checkpoint)
-    newest = newest_checkpoint(args.output_dir)
+    reasons = []
+    newest = newest_checkpoint(args.output_dir, lambda folder: reasons.append(reason_against(folder)) or reasons[-1])
     if newest is None:
-        raise ValueError(f"`resume_from_checkpoint=True` found no whole checkpoint in {args.output_dir!r}.")
+        why = f": the newest cannot be resumed, because {reasons[0]}" if reasons else ""
+        raise ValueError(
+            f"`resume_from_checkpoint=True` found no whole checkpoint of this run in {args.output_dir!r}{why}. Name "
+            "another `output_dir` to train anew, or set `allow_other_run=True` to go on from another run's."
+        )
     return newest
 
 
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end, if there is one; a warning names those that are skipped."""
+def newest_checkpoint(output_dir: str, reason_against: Callable[[str], str | None] | None = None) -> str | None:
+    """
+    The newest checkpoint in a folder that nothing speaks against; a warning names those that are skipped.
+
+    Args:
+        output_dir (`str`): The folder.
+        reason_against (`Callable`, *optional*): By default, that it was not written to its end.
+    """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        damage = damage_of(folder)
-        if damage is None:
+        damage = None if reason_against else damage_of(folder)
+        reason = (
+            reason_against(str(folder)) if reason_against else damage and f"it was not written to its end: {damage}"
+        )
+        if reason is None:
             return str(folder)
-        logger.warning(f"{folder} is skipped, because it was not written to its end: {damage}.")
+        logger.warning(f"{folder} is skipped, because {reason}.")
     return None
+
+
+def missing_from(folder: str | Path) -> str | None:
+    """
+    What a checkpoint lacks that a resume needs beside the weights.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+
+    Returns:
+        `str`: For a message, or `None` if all is there.
+    """
+    folder = Path(folder)
+    missing = [what for what, patterns in _NEEDED.items() if not any(any(folder.glob(name)) for name in patterns)]
+    if len(missing) == len(_NEEDED):
+        return "it holds weights alone, as those of `save_only_model=True`"
+    return f"it lacks {' and '.join(missing)}" if missing else None
 
 
 def damage_of(folder: str | Path) -> str | None:
