@@ -13,7 +13,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "soul_recipes":
 # A file imports from the floors below it and from its own.
 FLOORS = (
     ("batch", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
-    ("command_line", "machine", "scratch", "sources"),
+    ("command_line", "machine", "scratch", "leftovers", "sources"),
     (
         "log_probs",
         "divergences",
@@ -26,11 +26,20 @@ FLOORS = (
         "collator",
         "config",
     ),
-    ("engines", "records", "freezing", "lora", "random_state", "loading", "stored_weights", "difference"),
+    (
+        "engines",
+        "held_folder",
+        "records",
+        "freezing",
+        "lora",
+        "random_state",
+        "loading",
+        "stored_weights",
+        "difference",
+    ),
     ("registration",),
     ("reference", "reference_rows", "curvature", "attribution", "perturbation", "sampling"),
     ("callbacks",),
-    ("held_folder",),
     ("runs", "steps"),
     ("trainer",),
     ("__init__",),

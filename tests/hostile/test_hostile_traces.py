@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from soul_recipes import unlearn
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.formats import prepare
+from soul_trainer.held_folder import hold_folder
 
 
 ROOT = Path(__file__).parents[2]
@@ -141,13 +142,18 @@ trainer.train()
 
 
 @pytest.mark.parametrize("signal", [9, 15])
-def test_what_a_killed_run_left_is_found_and_deleted(tmp_path, signal):
+def test_what_a_killed_run_left_is_deleted_by_a_command_and_by_the_next_run(tmp_path, signal):
     """Would catch copies of rows that a kill leaves and that nothing lists."""
     code = KILLED.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "out"), signal=signal)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=120)
     assert done.returncode == -signal, done.stderr.decode()[-2000:]
     assert list((tmp_path / "out").glob("_reference-*"))
+    if signal == 15:
+        # The next run into the folder, of whatever kind.
+        with hold_folder(tmp_path / "out"):
+            assert not list((tmp_path / "out").glob("_reference-*"))
+        return
     clean = [sys.executable, "-m", "soul_trainer.clean", str(tmp_path / "out"), "--delete"]
     said = subprocess.run(clean, capture_output=True, text=True, env=environment, timeout=60)
     assert said.returncode == 0, said.stderr
