@@ -190,11 +190,11 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             loss = loss + weight * component
             self.step_losses[f"{name}_loss"] += component.detach()
             self._component_sums[f"{name}_loss"] += component.detach()
-        engines.stop_at_rows(self, self.engine, bad_rows)
         if self.args.l1_weight and (len(halves[1].rows) or not self.has_two_directions):
             # Once a step, whatever the number of micro-batches and processes; weights are to be kept small.
             share = self.current_gradient_accumulation_steps * self.engine.num_processes
             loss = loss + self.args.l1_weight * l1_norm(model.parameters()) / share
+        engines.stop_at_loss(self, self.engine, bad_rows, loss)
         loss = loss * self.engine.loss_factor
         return (loss, outputs) if return_outputs else loss
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from privacy import PATTERNS, files_with
 from scenes import RETAIN, scene_config, scene_model, scene_tokenizer, scene_trainer, spoil
 from test_recipe_unlearn import FLAGS, OTHERS, ROWS, learnt_model, text_tokenizer
 from transformers import TrainerCallback
@@ -23,21 +23,7 @@ from soul_trainer.held_folder import hold_folder
 
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
-PATTERNS = [
-    pattern.replace("RUN", "*").replace("part-N", "part-*")
-    for line in PAGE.splitlines()
-    if line.startswith("| `")
-    for pattern in re.findall(r"`([^`]+)`", line.split("|")[1])
-]
 SECRET = "Zanzibarbaz"
-
-
-def files_with(folder: Path, word: str) -> list[Path]:
-    """Files anywhere in a folder that have a word in them, in the encodings that libraries write."""
-    spelt = [word.encode(encoding) for encoding in ("utf-8", "utf-16-le")]
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [path for path in files if any(each in path.read_bytes() for each in spelt)]
 
 
 def test_every_file_with_rows_is_on_the_page_and_private(tmp_path, monkeypatch):
