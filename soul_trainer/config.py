@@ -320,6 +320,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearnConfig":
         """An [`UnlearnConfig`] with the values of `args`, and the defaults for what unlearning adds."""
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(f"`args` is {args!r:.60}: give an `UnlearnConfig`, as `UnlearnConfig(output_dir=...)`.")
         if isinstance(args, cls):
             return copy(args)  # which a trainer fills in for its model
         known = [setting.name for setting in fields(TrainingArguments) if setting.init]

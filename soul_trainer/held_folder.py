@@ -69,8 +69,8 @@ def _hold(path: Path, what: str, engine: Engine) -> Iterator[bool]:
     lock, refusals = FileLock(path, timeout=0, thread_local=False), []
     is_new = not path.parent.exists()
     if engine.process_index == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             holder = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%F %T")}
             path.write_text(json.dumps(holder), encoding="utf-8")
@@ -78,6 +78,8 @@ def _hold(path: Path, what: str, engine: Engine) -> Iterator[bool]:
             logger.warning(f"{path.parent} cannot be held: let no other command write to it.")
         except Timeout:
             refusals = [f"{what} is in use by {_holder(path)}: choose another, or wait."]
+        except OSError as error:
+            refusals = [f"{what} cannot be written to: {error}."]
     if refusals := engine.gather(refusals):
         raise ValueError(refusals[0])
     try:

@@ -20,7 +20,7 @@ from .collator import UnlearnCollator
 from .config import CURVATURE, UnlearnConfig
 from .formats import longest_row, prepare
 from .halves import count_answers
-from .inputs import check_ids
+from .inputs import check_ids, check_tokenizer
 from .objectives import Objectives, l1_norm
 from .pairing import make_pairs, warn_of_common_rows
 from .reference import Reference, forward_halves, needs_model
@@ -74,6 +74,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         has_file = args.retain_loss == CURVATURE and args.curvature is not None
         if forget_dataset is None or processing_class is None or (retain_dataset is None and not has_file):
             raise ValueError("UnlearnTrainer needs `forget_dataset`, `retain_dataset` and `processing_class`.")
+        check_tokenizer(processing_class)
         self.args, self.peft_config, self.model_init = args, peft_config, model_init
         self.reference: Reference | None = None
         model = self.made_ready(model) if model_init is None else self.call_model_init()
