@@ -1,5 +1,6 @@
 """The commands of `python -m soul_eval` that evaluate a model on a suite, and those that need only its rows."""
 
+import argparse
 import inspect
 import json
 from pathlib import Path
@@ -61,6 +62,8 @@ def compare(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """Writes a report of finished rows."""
+    from soul_trainer.held_folder import hold_folder
+
     parser = Parser(description="Writes a page about finished rows, with tables, figures and answers side by side.")
     parser.add_argument("rows", nargs="+", metavar="NAME=ROWS", help="rows.jsonl of an unlearned model, and its name")
     parser.add_argument("--target", metavar="ROWS", help="rows.jsonl of the model before unlearning")
@@ -68,6 +71,11 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("--output", required=True, help="folder of the report")
     parser.add_argument("--title", default="Unlearning", help="its title (%(default)s)")
     args = parser.parse_args(arguments)
+    with hold_folder(args.output):
+        _report(args)
+
+
+def _report(args: argparse.Namespace) -> None:
     gold = read_rows(args.gold) if args.gold else None
     named = [(role, role, path) for role, path in (("target", args.target), ("gold", args.gold)) if path]
     named += [(name, "unlearned", path) for name, _, path in (entry.rpartition("=") for entry in args.rows)]

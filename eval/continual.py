@@ -97,6 +97,11 @@ def run_requests(experiment: Experiment, task: UnlearningTask, requests: list[Re
         settings={**task.settings, "requests": fingerprint(data)},
         originals=None,
     )
+    with experiment.hold():
+        return _run(experiment, whole, task, requests)
+
+
+def _run(experiment: Experiment, whole: UnlearningTask, task: UnlearningTask, requests: list[Request]) -> list[Stage]:
     comparison = experiment.compare(whole)
     stages = []
     for optimizer, label in experiment.optimizers.items():

@@ -7,6 +7,7 @@ A recipe names its rows and its models; see `recipes/tofu.py`.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -283,8 +284,12 @@ class Experiment:
         Returns:
             `list[Run]`: The unlearned models.
         """
-        with hold_folder(self.folder, Engine(PartialState())):
+        with self.hold():
             return self._run(task)
+
+    def hold(self) -> AbstractContextManager:
+        """A context in which no other command writes to the experiment's folder."""
+        return hold_folder(self.folder, Engine(PartialState()))
 
     def _run(self, task: UnlearningTask) -> list[Run]:
         comparison = self.compare(task)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from soul_trainer.command_line import CommandParser
 from soul_trainer.difference import apply_difference, planned_difference
+from soul_trainer.held_folder import hold_folder
 from soul_trainer.records import RUN_FILE
 
 from . import running
@@ -59,7 +60,11 @@ def run(args: ReapplyArguments, own: OwnArguments) -> list[Run]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("`reapply` runs in one process: start it without `accelerate launch`.")
-    output = Path(args.output)
+    with hold_folder(args.output):
+        return _run(args, own, Path(args.output))
+
+
+def _run(args: ReapplyArguments, own: OwnArguments, output: Path) -> list[Run]:
     model = output / "model"
     if args.overwrite or not _is_there(args, model):
         apply_difference(args.model, args.difference, args.scale, model, args.overwrite)

@@ -4,6 +4,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from soul_trainer.records import OWNER_ONLY
+
 
 Corpus = dict[str, list[dict]]
 CARD = """# Fictitious authors
@@ -78,6 +80,7 @@ def write_files(files: dict[str, str], folder: str | Path, overwrite: bool = Fal
         for name, text in files.items():
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(OWNER_ONLY)
             path.write_bytes(text.encode())
         if folder.exists():
             folder.rename(Path(scratch, "old"))

@@ -85,6 +85,11 @@ def make_texts(args: MuseRunArguments, folder: Path, seed: int, overwrite: bool)
 
 def run_growing(experiment: Experiment, task: UnlearningTask, forget_sets: dict[str, Dataset]) -> list[Run]:
     """Unlearns forget sets of growing size, each from the target."""
+    with experiment.hold():
+        return _run_growing(experiment, task, forget_sets)
+
+
+def _run_growing(experiment: Experiment, task: UnlearningTask, forget_sets: dict[str, Dataset]) -> list[Run]:
     comparison = experiment.compare(replace(task, settings={"forget sets": fingerprint(forget_sets)}))
     for optimizer, label in experiment.optimizers.items():
         for name, forget in forget_sets.items():

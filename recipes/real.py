@@ -40,7 +40,7 @@ from soul_recipes.real_model import (
     with_other_answers,
 )
 from soul_trainer.command_line import PlainParser
-from soul_trainer.records import write_whole
+from soul_trainer.records import OWNER_ONLY, write_whole
 
 
 LEARNT = ("forget", "retain", "held_out")
@@ -75,7 +75,7 @@ def forget_request(base: Path, minilm: Path, rows: dict[str, list[dict]], folder
     texts = [{"text": text} for text in general_text()]
     paths = {split: folder / f"{split}.jsonl" for split in (*LEARNT, "general_text")}
     for split, path in paths.items():
-        write_whole(path, json_lines(texts if split == "general_text" else rows[split]))
+        write_whole(path, json_lines(texts if split == "general_text" else rows[split]), OWNER_ONLY)
     command = ["--model", str(target), "--gold", str(gold), "--output_dir", str(folder / "unlearn")]
     command += [word for split, path in paths.items() for word in (f"--{split}", str(path))]
     command += ["--embedding_model", str(minilm), "--max_new_tokens", "64", "--evaluations", "1", "--seed", str(seed)]

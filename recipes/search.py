@@ -131,17 +131,23 @@ def write_best(study: "optuna.Study", optimizer: str, config: UnlearnConfig) -> 
     write_whole(Path(config.output_dir) / "best.yaml", comment + yaml.safe_dump(settings, sort_keys=False))
 
 
+def run(experiment: Experiment, task: UnlearningTask) -> None:
+    """Searches with each optimizer."""
+    comparison = experiment.compare(task)
+    for optimizer in experiment.optimizers:
+        study = search(experiment, task, comparison, optimizer)
+        if PartialState().is_main_process:
+            write_best(study, optimizer, experiment.settings(optimizer))
+
+
 def main(command_line: list[str] | None = None) -> None:
     """Runs the recipe."""
     experiment = Experiment("tofu", CONFIGS, SearchArguments, SmallModelArguments, command_line=command_line)
     task = make_task(experiment, load_rows(experiment))
     if not task.gold:
         raise ValueError("Forget quality compares with a gold model: name one with --gold.")
-    comparison = experiment.compare(task)
-    for optimizer in experiment.optimizers:
-        study = search(experiment, task, comparison, optimizer)
-        if PartialState().is_main_process:
-            write_best(study, optimizer, experiment.settings(optimizer))
+    with experiment.hold():
+        run(experiment, task)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from soul_recipes.study_report import write_study
 from soul_recipes.study_runs import measure
 from soul_recipes.study_tasks import TASKS, make_task
 from soul_trainer.command_line import PlainParser
+from soul_trainer.held_folder import hold_output
 
 
 # Of no final run. Those of TOFU take other authors each, of which there are not so many.
@@ -83,8 +84,16 @@ def final_plan(
 
 def work(plan: list[dict], args: argparse.Namespace) -> None:
     """Does this process's runs of a plan, those that nobody has done."""
-    index, num_processes = map(int, args.shard.split("/"))
+    index, _ = map(int, args.shard.split("/"))
+    # Others write into the folder too, to files of their own.
     path = args.output_dir / f"runs-{args.name or index}.jsonl"
+    with hold_output(path):
+        add_runs(plan, args, path)
+
+
+def add_runs(plan: list[dict], args: argparse.Namespace, path: Path) -> None:
+    """Adds this process's runs of a plan to its file."""
+    index, num_processes = map(int, args.shard.split("/"))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         path.write_bytes(path.read_bytes() + b"\n")  # the next line would else be part of one that was cut off

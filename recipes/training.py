@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -15,7 +16,8 @@ from transformers.utils import logging
 
 from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
-from soul_trainer.engines import SavedDtypeMixin, keeper_of_weights, set_bf16
+from soul_trainer.engines import Engine, SavedDtypeMixin, keeper_of_weights, set_bf16
+from soul_trainer.held_folder import hold_output
 from soul_trainer.machine import fit_to_machine
 from soul_trainer.precision import choose_precision
 from soul_trainer.records import training_settings
@@ -62,6 +64,19 @@ def train_once(
     folder = folder.with_name(f"{folder.name}-{digest}")
     if (folder / "config.json").exists():
         return folder
+    with hold_output(folder, Engine(PartialState())):
+        return _train(make_model, rows, tokenizer, folder, args, lora, collator)
+
+
+def _train(
+    make_model: Callable[[], PreTrainedModel],
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    args: TrainingArguments,
+    lora: LoraArguments,
+    collator: Callable | None,
+) -> Path:
     part = folder.with_name(folder.name + ".part")
     fit_to_machine(args)
     args.output_dir, args.remove_unused_columns = str(part), False

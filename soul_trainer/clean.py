@@ -5,131 +5,15 @@ forgotten, and files that were not finished.
     python -m soul_trainer.clean OUTPUT_DIR                  # lists, and deletes nothing
     python -m soul_trainer.clean OUTPUT_DIR --delete
 
-Finished results and checkpoints are left alone. Stop the runs that write to the folder first: on this machine their
-copies of rows are recognised and left alone, on another machine they are not.
+Finished results and checkpoints are left alone, and so is what a command that is at work writes. The next run into the
+same folder deletes copies of rows and half-written files too.
 """
 
-import os
-import re
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from .command_line import PlainParser
-from .scratch import PREFIX, process_of
-
-
-ROWS, PART, FINDINGS, MEASUREMENT = "copies of rows", "half-written", "unfinished evaluation", "unfinished curvature"
-_FOLDERS = {r"_reference-.+": ROWS, r".+\.part": PART, r"_consolidate-.+": PART}
-# What this package writes, so that no browser's download is taken for ours.
-_WRITTEN = "json|jsonl|md|txt|yaml|csv|html|png|svg|safetensors"
-_FILES = {
-    rf".+\.({_WRITTEN})\.part": PART,
-    r".+\.jsonl\.part-\d+": FINDINGS,
-    r".+\.progress\.safetensors": MEASUREMENT,
-}
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """
-    Something that a killed run left behind.
-
-    Attributes:
-        path (`Path`): A file or a folder.
-        kind (`str`): `"copies of rows"`, `"half-written"`, `"unfinished evaluation"`, which the same command would go
-            on with, or `"unfinished curvature"`, likewise.
-        num_bytes (`int`): Its size.
-        modified (`float`): When it was last written, in seconds since the epoch.
-        kept_because (`str`, *optional*): Why it is not deleted.
-    """
-
-    path: Path
-    kind: str
-    num_bytes: int
-    modified: float
-    kept_because: str | None = None
-
-
-def find_leftovers(folder: str | Path) -> list[Leftover]:
-    """
-    What killed runs left behind in a folder, and, on this machine, in the folder for temporary files.
-
-    Args:
-        folder (`str` or `Path`): The `output_dir` of runs, or a folder above. Links are not followed.
-
-    Returns:
-        `list[Leftover]`: By path.
-
-    Raises:
-        ValueError: If there is no such folder.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"`folder`={str(folder)!r} is no folder: name the output_dir of a run.")
-    scratch = Path(tempfile.gettempdir()).glob(f"{PREFIX}*")
-    found = {path: ROWS for path in scratch if process_of(path.name) and os.access(path, os.W_OK)}
-    found |= dict(_walk(folder))
-    return [_leftover(path, kind) for path, kind in sorted(found.items())]
-
-
-def delete_leftovers(leftovers: list[Leftover]) -> list[Leftover]:
-    """
-    Deletes what nothing speaks for keeping.
-
-    Args:
-        leftovers (`list[Leftover]`): From [`find_leftovers`].
-
-    Returns:
-        `list[Leftover]`: What is gone.
-
-    Raises:
-        OSError: If something cannot be deleted.
-    """
-    gone = [leftover for leftover in leftovers if leftover.kept_because is None]
-    for leftover in gone:
-        if leftover.path.is_dir():
-            shutil.rmtree(leftover.path)
-        else:
-            leftover.path.unlink()
-    return gone
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    for place, folders, files in os.walk(folder):
-        for names, kinds in ((folders, _FOLDERS), (files, _FILES)):
-            for name in list(names):
-                path = Path(place, name)
-                kind = next((kind for pattern, kind in kinds.items() if re.fullmatch(pattern, name)), None)
-                if kind is None or path.is_symlink() or (path.suffix == ".part" and not _is_ours(path)):
-                    continue
-                yield path, kind
-                if path.is_dir():
-                    folders.remove(name)  # what is in it goes, or stays, with it
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether something half-written is a file, whose name has told, or a folder that was to become a model's."""
-    inside = [] if path.is_file() else [each.name for each in path.iterdir()]
-    return not inside or any(re.fullmatch(r".+\.(safetensors|json)|checkpoint-\d+", name) for name in inside)
-
-
-def _leftover(path: Path, kind: str) -> Leftover:
-    inside = [path, *(path.rglob("*") if path.is_dir() else ())]
-    stats = [each.lstat() for each in inside]
-    size = sum(stat.st_size for each, stat in zip(inside, stats) if not each.is_dir())
-    kept_because, process = None, process_of(path.name)
-    if any(re.fullmatch(r"checkpoint-\d+", each.name) for each in inside):
-        kept_because = "it holds a checkpoint"
-    elif process and psutil.pid_exists(process):
-        kept_because = f"process {process} is at work"
-    return Leftover(path, kind, size, max(stat.st_mtime for stat in stats), kept_because)
+from .leftovers import Leftover, delete_leftovers, find_leftovers
 
 
 def _line(leftover: Leftover, now: float) -> str:

@@ -1,7 +1,9 @@
 """Settings. Each field is documented once, in its `help`, which the command line shows."""
 
+import math
 from copy import copy
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -12,9 +14,13 @@ from .precision import needs_use_cpu
 from .settings import (
     WEIGHT_MASKS,
     Count,
+    CountFromZero,
     Decay,
     NotNegative,
     ObjectiveArguments,
+    Positive,
+    Range,
+    Seed,
     StepArguments,
     check_choice,
     check_ranges,
@@ -32,7 +38,18 @@ INHERITED = {
     "adam_beta2": Decay,
     "adam_epsilon": NotNegative,
     "per_device_train_batch_size": Count,
+    "per_device_eval_batch_size": Count,
     "gradient_accumulation_steps": Count,
+    "max_steps": Annotated[int, Range(least=-1)],
+    "warmup_steps": NotNegative,
+    "logging_steps": Positive,
+    "save_steps": Positive,
+    "eval_steps": Positive | None,
+    "save_total_limit": Count | None,
+    "neftune_noise_alpha": NotNegative | None,
+    "dataloader_num_workers": CountFromZero,
+    "seed": Seed,
+    "data_seed": Seed | None,
 }
 # The retain loss that is none: what is to be kept is kept by its curvature.
 CURVATURE = "curvature"
@@ -233,6 +250,11 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         check_choice("retain_weight_schedule", self.retain_weight_schedule, RETAIN_WEIGHT_SCHEDULES)
         check_choice("reference", self.reference, REFERENCES)
         check_choice("weight_mask", self.weight_mask, WEIGHT_MASKS)
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` must be >= 1, or -1, with which `num_train_epochs` counts, but it is 0.")
+        for name, value in (self.lr_scheduler_kwargs or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`lr_scheduler_kwargs` has {name}={value}, which must be a finite number.")
         if self.max_steps <= 0 and not self.num_train_epochs:
             raise ValueError("`num_train_epochs` must be > 0, or `max_steps` say how many steps there are.")
         if self.label_smoothing_factor:
@@ -249,6 +271,9 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
                 f"`hub_strategy={self.hub_strategy.value!r}` would publish checkpoints, which still know what is to "
                 "be forgotten, and the repository's history keeps them: set it to 'end'."
             )
+        is_idle = (self.retain_loss == "none" or self.retain_weight == 0) and self.retain_weight_schedule == "constant"
+        if self.forget_weight == 0 and is_idle and not self.l1_weight:
+            raise ValueError("`forget_weight` and `retain_weight` leave nothing to train on: raise one of them.")
         self._check_halves()
         if self.retain_weight_schedule == "primal_dual" and self.retain_loss == "none":
             raise ValueError(
@@ -301,6 +326,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "UnlearnConfig":
         """An [`UnlearnConfig`] with the values of `args`, and the defaults for what unlearning adds."""
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(f"`args` is {args!r:.60}: give an `UnlearnConfig`, as `UnlearnConfig(output_dir=...)`.")
         if isinstance(args, cls):
             return copy(args)  # which a trainer fills in for its model
         known = [setting.name for setting in fields(TrainingArguments) if setting.init]

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig
 
 from .command_line import PlainParser
+from .held_folder import hold_output
 
 
 # Where DeepSpeed keeps the optimizer's state_dict: in stages 1 and 2, and in stage 3.
@@ -74,6 +75,11 @@ def consolidate(checkpoint: str | Path, output: str | Path, trust_pickle: bool =
             f"{str(checkpoint)!r} holds pickles, and reading them runs whatever code they hold: add `trust_pickle` "
             "(--trust_pickle) if the checkpoint is of a run of your own."
         )
+    with hold_output(output):
+        _write(checkpoint, output)
+
+
+def _write(checkpoint: Path, output: Path) -> None:
     contents = _read(checkpoint)
     temporary = output.with_name(output.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)

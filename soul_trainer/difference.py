@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .command_line import PlainParser
+from .held_folder import hold_output
 from .records import RUN_FILE, write_whole
 from .stored_weights import StoredWeights, rewrite_tensors, stored_weights, weight_files, whole_file, write_tensors
 from .weights import update_digest
@@ -96,7 +97,7 @@ def save_difference(
     entries = [(name, DTYPES[dtype], tuple(first.read(name).shape)) for name in names]
     changes = (_change(name, first.read(name), second.read(name), DTYPES[dtype]) for name in names)
     metadata = {"format": "pt", "soul_trainer": FORMAT, "tied": json.dumps(first.tied, sort_keys=True), **digests}
-    with whole_file(output) as temporary:
+    with hold_output(output), whole_file(output) as temporary:
         write_tensors(temporary, entries, changes, metadata)
     return output
 
@@ -145,7 +146,8 @@ def apply_difference(
                 "version of that model, compare the figures before and after: `python -m soul_eval reapply`."
             )
         if not is_in_memory:
-            return _write_model(Path(output), adding, adding.settings(model, difference))
+            with hold_output(output):
+                return _write_model(Path(output), adding, adding.settings(model, difference))
         with torch.no_grad():
             for name in adding.sources:
                 weights.read(name).copy_(adding.sum(name))

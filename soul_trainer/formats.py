@@ -385,6 +385,6 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], to
         tools = json.loads(tools)
     try:
         return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
-    except (TemplateError, KeyError, TypeError) as error:
+    except (TemplateError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise ValueError(f"the chat template cannot write turns of {roles}: {error}. {_OWN_TEMPLATE}") from error

@@ -4,10 +4,39 @@ import re
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Names that an error lists of those there are.
 _LISTED = 5
+
+
+def freeze_what_text_does_not_reach(model: torch.nn.Module) -> list[str]:
+    """
+    Freezes what a model of several parts has besides its language model, as a vision tower: rows of text give it no
+    gradient, and what does not ask for one, such as an L1 penalty, must not change it. Must come before
+    [`freeze_parameters`].
+
+    Args:
+        model (`torch.nn.Module`): The unwrapped model; with an adapter, if there is one.
+
+    Returns:
+        `list[str]`: Names of the parameters that trained before and no longer do, in the model's order.
+    """
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if inner.config.get_text_config() is inner.config:
+        return []
+    parts = (inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings())
+    reached = {parameter for part in parts for parameter in part.parameters()}
+    names = []
+    for name, parameter in inner.named_parameters():
+        if parameter.requires_grad and parameter not in reached:
+            parameter.requires_grad_(False)
+            names.append(name)
+    return names
 
 
 def freeze_parameters(

@@ -12,18 +12,21 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from .engines import Engine
+from .leftovers import LOCK, PART, ROWS, delete_leftovers, find_leftovers, lock_of
+from .scratch import own_name
 
 
 logger = logging.get_logger(__name__)
 
-# The underscore keeps it off the hub.
-LOCK = "_held.lock"
+# What the next command in a folder deletes; a measurement, or an evaluation, that was cut off is gone on with.
+_DELETED = (ROWS, PART)
 
 
 @contextmanager
 def hold_folder(folder: str | Path, engine: Engine | None = None) -> Iterator[None]:
     """
-    A context in which no other command writes to a folder.
+    A context in which no other command writes to a folder. What killed runs left in it, copies of rows and
+    half-written files, is deleted first.
 
     Args:
         folder (`str` or `Path`): An output folder; it is made if it is not there.
@@ -32,24 +35,55 @@ def hold_folder(folder: str | Path, engine: Engine | None = None) -> Iterator[No
     Raises:
         ValueError: If another command holds it; its process and machine are named.
     """
-    engine = engine or Engine()
-    path = Path(folder) / LOCK
+    engine, folder = engine or Engine(), Path(folder)
+    own = engine.gather([own_name()])
+    with _hold(folder / LOCK, f"The folder {str(folder)!r}", engine) as is_held:
+        if is_held:
+            left = find_leftovers(folder, folder / LOCK, own)
+            if gone := delete_leftovers([leftover for leftover in left if leftover.kind in _DELETED]):
+                logger.warning(f"Deleted what a killed run left: {', '.join(str(each.path) for each in gone)}.")
+        if engine.num_processes > 1:
+            engine.gather([])  # before another makes files that look like leftovers
+        yield
+
+
+@contextmanager
+def hold_output(path: str | Path, engine: Engine | None = None) -> Iterator[None]:
+    """
+    A context in which no other command writes a file, or a folder that takes the place of another at the end.
+
+    Args:
+        path (`str` or `Path`): What is written; a lock lies beside it.
+        engine ([`~engines.Engine`], *optional*): Whose first process holds it for all of them.
+
+    Raises:
+        ValueError: If another command is writing it; its process and machine are named.
+    """
+    with _hold(lock_of(path), f"The output {str(path)!r}", engine or Engine()):
+        yield
+
+
+@contextmanager
+def _hold(path: Path, what: str, engine: Engine) -> Iterator[bool]:
+    """Holds a lock; yields whether this process does."""
     lock, refusals = FileLock(path, timeout=0, thread_local=False), []
     is_new = not path.parent.exists()
     if engine.process_index == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
             holder = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%F %T")}
             path.write_text(json.dumps(holder), encoding="utf-8")
         except NotImplementedError:  # a file system without locks
-            logger.warning(f"{folder} cannot be held: let no other command write to it.")
+            logger.warning(f"{path.parent} cannot be held: let no other command write to it.")
         except Timeout:
-            refusals = [f"The folder {str(folder)!r} is in use by {_holder(path)}: choose another, or wait."]
+            refusals = [f"{what} is in use by {_holder(path)}: choose another, or wait."]
+        except OSError as error:
+            refusals = [f"{what} cannot be written to: {error}."]
     if refusals := engine.gather(refusals):
         raise ValueError(refusals[0])
     try:
-        yield
+        yield lock.is_locked
     finally:
         if lock.is_locked:
             # While it is held: afterwards, the file may be another's.

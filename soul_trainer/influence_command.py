@@ -19,6 +19,7 @@ from .collator import UnlearnCollator
 from .command_line import CommandParser
 from .curvature import load_curvature
 from .formats import longest_row, prepare
+from .held_folder import hold_output
 from .influence import InfluenceArguments, InfluenceReport, check_one_process, influence_update
 from .loading import DTYPES, ModelArguments, default_device
 from .records import RUN_FILE, write_whole
@@ -84,6 +85,11 @@ def run(command: CommandArguments, args: InfluenceArguments) -> InfluenceReport:
         FloatingPointError: If something is not finite; nothing is written.
     """
     check_one_process()
+    with hold_output(command.output):
+        return _run(command, args)
+
+
+def _run(command: CommandArguments, args: InfluenceArguments) -> InfluenceReport:
     output = Path(command.output)
     _check_output(output, command)
     curvature = None if command.curvature is None else load_curvature(command.curvature)

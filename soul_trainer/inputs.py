@@ -1,12 +1,14 @@
 """What a trainer is given, looked at where it comes in: a model that it can train, and rows that are the model's."""
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyarrow
 import pyarrow.compute
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_model(model: object) -> None:
@@ -59,16 +61,53 @@ def as_dataset(rows: Any, name: str) -> Dataset:
     if isinstance(rows, str):
         raise ValueError(f"`{name}` is the string {rows!r}: load its rows, with `datasets.load_dataset`.")
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame
-        return Dataset.from_dict({str(column): rows[column].tolist() for column in rows.columns})
+        # What is missing is NaN there, which is a number.
+        columns = {str(column): rows[column].tolist() for column in rows.columns}
+        missing = {str(column): rows[column].isna().tolist() for column in rows.columns}
+        return _made(
+            Dataset.from_dict,
+            {key: [None if gone else each for each, gone in zip(columns[key], missing[key])] for key in columns},
+            name,
+        )
     if isinstance(rows, Mapping):
-        return Dataset.from_dict(dict(rows))
+        return _made(Dataset.from_dict, dict(rows), name)
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise ValueError(f"`{name}` is a {type(rows).__name__}: give a `datasets.Dataset` or a list of rows.")
     rows = [rows[place] for place in range(len(rows))]
     for place, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"Row {place} of `{name}` must have columns, as a dictionary has, but it is {row!r:.60}.")
-    return Dataset.from_list([dict(row) for row in rows])
+    rows = [dict(row) for row in rows]
+    try:
+        return _made(Dataset.from_list, rows, name)
+    except ValueError as error:
+        place = bisect_left(range(len(rows)), True, key=lambda place: not _fits(rows[: place + 1]))
+        raise ValueError(f"Row {place} of `{name}`: {error}") from error
+
+
+def _fits(rows: list[dict]) -> bool:
+    try:
+        _made(Dataset.from_list, rows, "rows")
+    except ValueError:
+        return False
+    return True
+
+
+def _made(make: Callable[[Any], Dataset], rows: Any, name: str) -> Dataset:
+    try:
+        return make(rows)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` holds half of a character (a lone surrogate), {error.object!r:.60}.") from error
+    except (pyarrow.ArrowException, OverflowError, TypeError) as error:
+        raise ValueError(f"`{name}` is no table of rows, each column of one type and one length: {error}.") from error
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises a `ValueError` unless it is a tokenizer."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        inner = getattr(tokenizer, "tokenizer", None)
+        way = "give its `tokenizer`" if inner is not None else "load one with `AutoTokenizer.from_pretrained`"
+        raise ValueError(f"`processing_class` is {tokenizer!r:.60} and no tokenizer: {way}.")
 
 
 def check_ids(rows: Dataset, model: PreTrainedModel, name: str) -> None:
@@ -83,6 +122,8 @@ def check_ids(rows: Dataset, model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: If a token is beyond the model's embeddings, or is none; the row is named.
     """
+    if not pyarrow.types.is_integer(rows.with_format("arrow")[:0]["input_ids"].type.value_type):
+        raise ValueError(f"`input_ids` of `{name}` must be whole numbers, but they are {rows['input_ids'][0]!r:.60}.")
     # An adapter may wrap the embeddings.
     num_known = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
     # Without a list for each row, because a set to retain may be large.

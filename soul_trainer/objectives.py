@@ -6,6 +6,7 @@ divides the sum over rows by a global count of tokens (or of sequences), so that
 the number of processes do not change the trajectory.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -257,3 +258,23 @@ def parameters_of_layers(layer: int) -> str:
     """
     layers = "|".join(str(number) for number in range(max(layer - 2, 0), layer + 1))
     return rf"\.({layers})\.((mlp|block_sparse_moe)\.(.*\.)?(down_proj|c_proj|dense_4h_to_h|fc2|w2)|fc2)(\.weight)?$"
+
+
+def check_one_stack(names: Iterable[str], layer: int) -> None:
+    """
+    Checks that the parameters that RMU trains by default are of one stack of layers.
+
+    Args:
+        names (`Iterable[str]`): Of the parameters that [`parameters_of_layers`] found.
+        layer (`int`): As it was given there.
+
+    Raises:
+        ValueError: If a model has several stacks, of which only one writes the text.
+    """
+    pattern = re.compile(parameters_of_layers(layer))
+    stacks = dict.fromkeys(name[: found.start()] for name in names if (found := pattern.search(name)))
+    if len(stacks) > 1:
+        raise ValueError(
+            "forget_loss='rmu' trains layers of the language model, but the model has "
+            f"{len(stacks)} stacks of layers: {', '.join(stacks)}. Name the parameters in `trainable_parameters`."
+        )

@@ -15,12 +15,12 @@ from .batch import IGNORE_INDEX
 from .callbacks import FingerprintCallback, callbacks_for
 from .curvature import linear_layers, num_kronecker_numbers
 from .fingerprint import rows_digest
-from .freezing import freeze_parameters
+from .freezing import freeze_parameters, freeze_what_text_does_not_reach
 from .held_folder import check_alike, hold_folder
 from .inputs import check_model
 from .log_probs import shift_labels, token_log_probs
 from .lora import adapter_reach
-from .objectives import parameters_of_layers
+from .objectives import check_one_stack, parameters_of_layers
 from .precision import choose_precision
 from .records import Provenance, complete_model_card, make_way, read_model_card, record_run, run_settings
 from .reference_rows import drop_from_rows
@@ -202,12 +202,15 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
                 )
             set_seed(args.seed)
             model = get_peft_model(model, self.peft_config)
+        if (unreached := freeze_what_text_does_not_reach(model)) and args.should_log:
+            parts = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in unreached))
+            logger.warning(f"Rows of text do not reach {parts}: they stay as they are.")
         trainable = args.trainable_parameters
         is_default = args.forget_loss == "rmu" and trainable is None and not isinstance(model, PeftModel)
         if is_default:
             trainable = parameters_of_layers(args.rmu_layer)
         try:
-            freeze_parameters(model, trainable, args.frozen_parameters)
+            trained = freeze_parameters(model, trainable, args.frozen_parameters)
         except ValueError as error:
             if not is_default:
                 raise
@@ -215,6 +218,8 @@ class RunMixin(engines.TrialMixin, engines.SavedDtypeMixin, engines.ShardedCheck
                 f"forget_loss='rmu' trains down projections of `rmu_layer`={args.rmu_layer} and the two before it, "
                 f"unless `trainable_parameters` says otherwise: {error}"
             ) from None
+        if is_default:
+            check_one_stack(trained, args.rmu_layer)
         self._take_precision(model)
         return model
 

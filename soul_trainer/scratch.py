@@ -1,6 +1,8 @@
 """Temporary folders that tell whose they are, so that those of killed runs can be found; see clean.py."""
 
 import os
+import re
+import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
@@ -16,7 +18,18 @@ def scratch_folder() -> TemporaryDirectory:
 
 def reference_folder(folder: Path) -> str:
     """Makes a folder of this process in that of a run; the underscore keeps it off the hub."""
-    return mkdtemp(prefix=f"{REFERENCE}{os.getpid()}-", dir=folder)
+    return mkdtemp(prefix=f"{REFERENCE}{own_name()}-", dir=folder)
+
+
+def own_name() -> str:
+    """This process and its machine: an output folder may be seen by several machines."""
+    return f"{os.getpid()}-{socket.gethostname()}"
+
+
+def machine_of(name: str) -> str | None:
+    """The machine on which a folder of this name was made, if the name tells."""
+    found = re.fullmatch(rf"{REFERENCE}\d+-(.+)-[^-]+", name)
+    return found and found[1]
 
 
 def process_of(name: str) -> int | None:

@@ -55,6 +55,7 @@ NotNegative = Annotated[float, Range(least=0)]
 Decay = Annotated[float, Range(least=0, below=1)]
 Share = Annotated[float, Range(above=0, most=1)]
 Count = Annotated[int, Range(least=1)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]  # as numpy takes it
 CountFromZero = Annotated[int, Range(least=0)]
 
 

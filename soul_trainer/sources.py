@@ -117,7 +117,9 @@ def row_columns(rows: Dataset, name: str = "dataset") -> list[str]:
 
 def check_exists(source: str, name: str) -> Path:
     """`source` as a path; a `ValueError` if it is not there and cannot be a hub id either."""
-    path = Path(source)
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise ValueError(f"`{name}`={source!r} must be a file, a folder or a hub id.")
+    path, source = Path(source), str(source)
     is_path = path.is_absolute() or source.startswith(".") or source.count("/") > 1
     if not path.exists() and (is_path or _ending(path) in READERS):
         raise ValueError(f"`{name}`={source!r}: no such file or folder.")
@@ -185,7 +187,7 @@ def _read_json(content: bytes, label: str) -> Dataset:
     text = _decoded(content, label)
     if text.lstrip().startswith("["):
         try:
-            items = json.loads(text)
+            items = _parsed(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{label}, line {error.lineno}, is no JSON: {error.msg}.") from error
         items = {f"item {number}": item for number, item in enumerate(items)}
@@ -193,7 +195,7 @@ def _read_json(content: bytes, label: str) -> Dataset:
         items = {}
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                items |= {f"line {number}": json.loads(line)} if line.strip() else {}
+                items |= {f"line {number}": _parsed(line)} if line.strip() else {}
             except json.JSONDecodeError as error:
                 raise ValueError(f"{label}, line {number}, is no JSON: {error.msg}: {line[:60]!r}.") from error
     rows = [{"text": item} if isinstance(item, str) else item for item in items.values()]
@@ -204,10 +206,35 @@ def _read_json(content: bytes, label: str) -> Dataset:
     return _table({name: [row.get(name) for row in rows] for name in names}, list(items), label)
 
 
+def _parsed(text: str) -> Any:
+    """What JSON holds; a `JSONDecodeError` also where Python would go wrong or choose."""
+    try:
+        found = json.loads(text, object_pairs_hook=_object)
+    except _TwiceError as error:
+        raise json.JSONDecodeError(str(error), text, 0) from None
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", text, 0) from None
+    return found
+
+
+class _TwiceError(Exception):
+    """An object has a name twice, of which Python would take the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
 def _table(columns: dict[str, list], places: list[str], label: str) -> Dataset:
     """Columns as a dataset; an error names the first place whose value is of another type than those before it."""
     try:
         return Dataset.from_dict(columns)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{label} holds half of a character (a lone surrogate), {error.object!r:.60}.") from error
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError, OverflowError) as error:
         for name, values in columns.items():
             types = [None if value is None else type(value).__name__ for value in values]

@@ -20,7 +20,7 @@ from .collator import UnlearnCollator
 from .config import CURVATURE, UnlearnConfig
 from .formats import longest_row, prepare
 from .halves import count_answers
-from .inputs import check_ids
+from .inputs import check_ids, check_tokenizer
 from .objectives import Objectives, l1_norm
 from .pairing import make_pairs, warn_of_common_rows
 from .reference import Reference, forward_halves, needs_model
@@ -74,6 +74,7 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
         has_file = args.retain_loss == CURVATURE and args.curvature is not None
         if forget_dataset is None or processing_class is None or (retain_dataset is None and not has_file):
             raise ValueError("UnlearnTrainer needs `forget_dataset`, `retain_dataset` and `processing_class`.")
+        check_tokenizer(processing_class)
         self.args, self.peft_config, self.model_init = args, peft_config, model_init
         self.reference: Reference | None = None
         model = self.made_ready(model) if model_init is None else self.call_model_init()
@@ -189,11 +190,11 @@ class UnlearnTrainer(StepMixin, RunMixin, Trainer):
             loss = loss + weight * component
             self.step_losses[f"{name}_loss"] += component.detach()
             self._component_sums[f"{name}_loss"] += component.detach()
-        engines.stop_at_rows(self, self.engine, bad_rows)
         if self.args.l1_weight and (len(halves[1].rows) or not self.has_two_directions):
             # Once a step, whatever the number of micro-batches and processes; weights are to be kept small.
             share = self.current_gradient_accumulation_steps * self.engine.num_processes
             loss = loss + self.args.l1_weight * l1_norm(model.parameters()) / share
+        engines.stop_at_loss(self, self.engine, bad_rows, loss)
         loss = loss * self.engine.loss_factor
         return (loss, outputs) if return_outputs else loss
 

@@ -4,6 +4,7 @@ import zlib
 
 import pytest
 import torch
+from privacy import check_files
 from test_attacks_relearning import FORGET, RETAIN, toy_models, toy_tokenizer
 
 from soul_eval.attacks import running
@@ -114,6 +115,7 @@ def test_all_attacks_on_all_models(folders, dataset, tmp_path):
     assert [row["answer_nll"] for row in rows_in(tmp_path, "plain", "target")[1]] == losses_of(toy_models()[0], FORGET)
     assert [row["relearnt"] for row in rows_in(tmp_path, "relearning")[1]] == [True] * 2 + [False] * 6
     assert "forget_truth_ratio" in summarise(rows_in(tmp_path, "few_shot")[1]), "rows are those of the suite"
+    check_files(tmp_path, [row["question"] for row in FORGET], ["plain/rows.jsonl", "relearning/rows.jsonl"])
 
 
 def test_shares_are_of_the_right_models(folders, dataset, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import tempfile
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,12 +12,14 @@ from datasets import Dataset
 from scenes import FORGET, scene_model, scene_tokenizer
 
 from soul_trainer import sources
-from soul_trainer.clean import FINDINGS, MEASUREMENT, PART, ROWS, command, delete_leftovers, find_leftovers, main
+from soul_trainer.clean import command, main
 from soul_trainer.collator import UnlearnCollator
 from soul_trainer.engines import Engine
 from soul_trainer.formats import prepare
+from soul_trainer.held_folder import hold_folder, hold_output
+from soul_trainer.leftovers import FINDINGS, LOCK, MEASUREMENT, PART, ROWS, delete_leftovers, find_leftovers
 from soul_trainer.reference_rows import RowForward, add_top_tokens
-from soul_trainer.scratch import PREFIX, process_of, reference_folder, scratch_folder
+from soul_trainer.scratch import PREFIX, machine_of, process_of, reference_folder, scratch_folder
 
 
 FINISHED = (
@@ -152,3 +155,33 @@ def test_a_run_that_is_killed_leaves_what_is_found(tmp_path, monkeypatch):
     assert leftovers[1].path.parent == temporary and leftovers[1].path.name.startswith(PREFIX)
     assert len(delete_leftovers(leftovers)) == 2 and not list(out.iterdir()) and not list(temporary.glob(f"{PREFIX}*"))
     assert sources.load_split(str(rows))["text"][:] == ["a secret"]
+
+
+def test_the_next_run_deletes_what_a_killed_one_left(folder):
+    """Would catch copies of rows that stay because nobody thinks of cleaning, or a measurement that is begun anew."""
+    name = f"{PREFIX}999999999-x"
+    (folder.parent / "temporary" / name).mkdir()
+    with hold_folder(folder):
+        assert names_in(folder) == {*FINISHED, LOCK} | {key for key, kind in LEFT.items() if kind not in (ROWS, PART)}
+    assert not (folder.parent / "temporary" / name).exists()
+
+
+def test_the_next_run_leaves_alone_what_others_write_below_it(folder):
+    """Would catch a run that deletes the rows, or the half-written model, of one at work in a folder within."""
+    with hold_output(folder / "influence"), hold_folder(folder / "soul"), hold_folder(folder):
+        assert (folder / "influence.part" / "model.safetensors").exists()
+        assert not (folder / "empty.part").exists()
+
+
+@pytest.mark.parametrize("process, machine", [("own", "own"), ("own", "elsewhere"), ("dead", "own")])
+def test_copies_of_rows_tell_whose_they_are(folder, process, machine):
+    """Would catch rows that are deleted under a run whose processes are on several machines."""
+    number = os.getpid() if process == "own" else 999_999_999
+    host = socket.gethostname() if machine == "own" else "node-7.cluster"
+    copies = folder / "soul" / f"_reference-{number}-{host}-0a1b_c3d"
+    copies.mkdir()
+    assert (process_of(copies.name), machine_of(copies.name)) == (number, host)
+    is_kept = (process, machine) == ("own", "own")
+    assert [each.kept_because is not None for each in find_leftovers(folder) if each.path == copies] == [is_kept]
+    own = [f"{number}-{host}"]
+    assert all(each.kept_because for each in find_leftovers(folder, own=own) if each.path == copies)

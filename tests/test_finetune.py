@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from privacy import files_with, fragments
 from toys import tiny_llama, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,6 +82,8 @@ def test_a_finished_model_is_used_again(small, tmp_path):
     others = [small("--dataset", fewer), *(small("--dataset", rows, *flags) for flags in changed)]
     assert len({folder, *others}) == 6 and not list(tmp_path.glob("*.part"))
     assert AutoTokenizer.from_pretrained(folder)("the sea")["input_ids"]
+    answers = [value for row in ROWS for value in row.values() if isinstance(value, str)]
+    assert not [path for words in fragments(answers) for path in files_with(folder, words)]
 
 
 def test_flags_of_the_trainer_reach_a_small_model(small, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from privacy import check_files
 
 from soul_eval.rows import read_rows
 from soul_eval.suites.tofu import NON_MEMBERS
@@ -56,6 +57,8 @@ def test_the_recipe_runs_from_rows_to_report_and_again(tmp_path):
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         steps = [entry["step"] for entry in history if "eval_tofu_forget_quality" in entry]
         assert steps[0] == 0 and len(steps) == 2
+    forget = [row["answer"] for row in rows if row["split"] == "forget"]
+    check_files(tmp_path, forget, ["soul.rows.jsonl", "target.rows.jsonl", "report.html"])
     weights = (tmp_path / "soul" / "model.safetensors").stat().st_mtime_ns
     recipe.main(["--output_dir", str(tmp_path), *SMALL])
     assert (tmp_path / "soul" / "model.safetensors").stat().st_mtime_ns == weights

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from privacy import check_files, files_with
 from toys import toy_tokenizer
 from transformers import AutoTokenizer
 
@@ -54,8 +55,9 @@ def test_from_texts_to_report(finished, texts):
         text = LAMP if row["split"].startswith("forget") else MULE
         assert row["prompt"] + row["answer"] in text
     assert {row["split"] for row in rows} == {"forget_4", "forget_8", "retain_4", "retain_8"}
-    for file in (folder / "soul").rglob("*"):
-        assert not (file.is_file() and b"keeper lit lamp" in file.read_bytes()), file
+    # The answers are a few tokens; the whole text is in no file.
+    check_files(folder, ["keeper lit lamp"], [])
+    assert not files_with(folder, "keeper lit lamp")
     weights = folder / "soul" / "model.safetensors"
     saved = weights.stat().st_mtime_ns
     recipe.main([*texts, *TINY, "--output_dir", str(folder)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from privacy import check_files
 
 from soul_eval.classification import classify
 from soul_eval.rows import read_rows
@@ -154,6 +155,8 @@ def test_from_corpus_to_report(classifiers, tmp_path):
     texts = [row["text"] for row in corpus["text"]["train"]]
     held_out = [row["text"] for row in rows if row["split"] == "retain"]
     assert held_out == texts[-len(held_out) :] and 0 < len(held_out) <= len(texts) // 5
+    forget = recipe.responses(Dataset.from_list(corpus["default"]["train"]), is_safe=False)
+    check_files(tmp_path, forget["answer"], [])
     header, _ = read_rows(tmp_path / "soul.rows.jsonl")
     assert header["settings"]["forget_loss"] == "refusal" and header["settings"]["classifier"] == classifiers[0]
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from muse_data import DATA, muse_tokenizer, write_plain
+from privacy import check_files
 
 from soul_eval.rows import read_rows
 from soul_recipes import muse as recipe
@@ -34,6 +35,8 @@ def test_the_recipe_runs_from_rows_to_report(folder, capsys):
     counts = {split: sum(row["split"] == split for row in rows) for split in recipe.muse.SPLITS}
     assert counts == {"knowmem_forget": 6, "knowmem_retain": 6, **dict.fromkeys(recipe.muse.SPLITS[2:], 2)}
     assert "privleak" in runs[0].summary and (folder / "once" / "report.html").is_file()
+    forget = [row["answer"] for row in rows if row["split"] in ("knowmem_forget", "verbmem_forget")]
+    check_files(folder / "once", forget, ["soul.rows.jsonl", "target.rows.jsonl", "report.html"])
 
 
 def test_growing_forget_sets_start_from_the_target_each(folder):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from privacy import check_files
 from scenes import TOKENIZER_TEXTS, scene_config, scene_model
 from toys import toy_tokenizer
 
@@ -44,6 +45,9 @@ def test_the_recipe_runs_from_rows_to_report(folder, method, capsys):
     }
     assert len(list((folder / method).glob("target-*"))) == 1 and not list((folder / method).glob("gold-*"))
     assert header["settings"]["forget_loss"] == method and "wmdp_bio_accuracy" in runs[0].summary
+    forget = science.make_corpora(2)["corpora"]
+    forget = [row["text"] for name in science.CORPORA.values() if "forget" in name for row in forget[name]["train"]]
+    check_files(folder / method, forget, [])
 
 
 def test_our_own_datasets_are_what_the_suite_and_the_loader_read(tmp_path):

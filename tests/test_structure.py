@@ -13,7 +13,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "soul_recipes":
 # A file imports from the floors below it and from its own.
 FLOORS = (
     ("batch", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
-    ("command_line", "machine", "scratch", "sources"),
+    ("command_line", "machine", "scratch", "leftovers", "sources"),
     (
         "log_probs",
         "divergences",
@@ -28,6 +28,7 @@ FLOORS = (
     ),
     (
         "engines",
+        "held_folder",
         "records",
         "freezing",
         "lora",
@@ -40,7 +41,6 @@ FLOORS = (
     ("registration",),
     ("reference", "reference_rows", "curvature", "attribution", "perturbation", "sampling"),
     ("callbacks",),
-    ("held_folder",),
     ("runs", "steps"),
     ("trainer",),
     ("__init__",),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from privacy import check_files
 from rouge_score import rouge_scorer
 from test_eval_scoring import byte_tokenizer, small_llama
 
@@ -237,6 +238,7 @@ def test_the_command_and_its_report(model, tokenizer, tmp_path, capsys):
         where = ["--model", str(tmp_path / name), "--output", str(tmp_path / f"{name}-rows"), "--device", "cpu"]
         assert main(["own", *files, *where, "--max_new_tokens", "8"]) == 0
     assert "verbatim" in capsys.readouterr().out
+    check_files(tmp_path / "target-rows", [row["answer"] for row in QUESTIONS], ["rows.jsonl"])
     runs = []
     for name, role in (("target", "target"), ("unlearned", "unlearned")):
         _, rows = read_rows(tmp_path / f"{name}-rows" / "rows.jsonl")

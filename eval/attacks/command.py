@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from soul_trainer.command_line import CommandParser
+from soul_trainer.held_folder import hold_folder
 
 from ..rows import write_whole
 from ..statistics import Figure
@@ -63,7 +64,8 @@ def run(args: AttackArguments, relearning: RelearningArguments, own: TofuArgumen
         raise ValueError("`attack` runs in one process: start it without `accelerate launch`.")
     if args.reference and Path(args.reference).is_file():
         raise ValueError(f"--reference {args.reference} is a file: the gold model itself is needed, to attack it too.")
-    return attack_models(Attacker(_questions(args, own), args, relearning))
+    with hold_folder(args.output):
+        return attack_models(Attacker(_questions(args, own), args, relearning))
 
 
 def attack_models(attacker: Attacker, references: Path | None = None) -> Found:

@@ -71,6 +71,11 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
                 "`rule='kronecker'` sums gradients of layers, which float16 scales: set `bf16`, or read a file of "
                 "`curvature`."
             )
+        if self.settings.curvature and not Path(self.settings.curvature).is_file():
+            raise ValueError(
+                f"`curvature`={self.settings.curvature!r}: there is no such file. `python -m soul_trainer.curvature` "
+                "measures one."
+            )
         is_checked = self.settings.curvature and self.engine.holds_whole(trainer.model)
         self._digest = weights_digest(trainer.model) if is_checked else None
         if self.settings.curvature and not is_checked:

@@ -29,7 +29,7 @@ class WatchCallback(TrainerCallback):
     """
     Warns once for each of these, on the main process:
 
-    - The run has fewer than 50 steps.
+    - The run has fewer than 50 steps, or is over before its learning rate has risen.
     - The forget loss stands still. If more than 0.95 of the coordinates are clipped, the warning says so.
     - The retain loss has grown by more than 1 nat a token, with a retain loss that is in nats (`nll` or `kl`).
 
@@ -50,6 +50,12 @@ class WatchCallback(TrainerCallback):
             self._say(
                 f"This run has only {state.max_steps} steps. Raise `num_train_epochs` (now {args.num_train_epochs:g}) "
                 f"or lower `per_device_train_batch_size` (now {args.per_device_train_batch_size})."
+            )
+
+        if (warmup := args.get_warmup_steps(state.max_steps)) >= state.max_steps:
+            self._say(
+                f"The learning rate rises for {warmup} steps, and this run has {state.max_steps}: it never gets to "
+                f"`learning_rate` (now {args.learning_rate:.3g}). Lower `warmup_steps` (now {args.warmup_steps:g})."
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

@@ -30,6 +30,7 @@ from ..collator import UnlearnCollator
 from ..command_line import CommandParser
 from ..formats import longest_row, prepare
 from ..freezing import freeze_parameters
+from ..held_folder import hold_output
 from ..loading import ModelArguments, default_device
 from ..settings import Count, CountFromZero, Decay, NotNegative, check_choice, check_ranges, setting
 from ..sources import kind_of, load_split
@@ -145,11 +146,17 @@ def run(args: CurvatureArguments) -> CurvatureReport:
         ValueError: If a file is in the way, rows are bad (they are named), or the progress is another measurement's.
         FloatingPointError: If a loss or a sum is not finite; what was saved of the progress stays.
     """
-    start, output = time.perf_counter(), Path(args.output)
+    output = Path(args.output)
     if output.is_dir() or (output.exists() and not args.overwrite):
         raise ValueError(f"`output`={args.output!r} is there already: add --overwrite to replace a finished file.")
     state = _processes(args.device)
     engine = SummingEngine(state)
+    with hold_output(output, engine):
+        return _run(args, output, state, engine)
+
+
+def _run(args: CurvatureArguments, output: Path, state: PartialState | None, engine: SummingEngine) -> CurvatureReport:
+    start = time.perf_counter()
     device = args.device or (state.device if state else default_device())
     model = args.load_model(args.model, device).eval()
     tokenizer = args.load_tokenizer(args.model)

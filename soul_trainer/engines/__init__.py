@@ -18,7 +18,7 @@ from .base import MOST_OVERFLOWS, Engine, GradientError, find_soul, trained_para
 from .checkpoints import KeptWithCheckpoint, ShardedCheckpointMixin, damage_of, newest_checkpoint, whole_checkpoint
 from .checks import check_engine, check_estimator, check_trainer, prepare_deepspeed
 from .choice import make_engine
-from .hooks import check_weights, rows_per_forward, save_checkpoint, stop_at_gradient, stop_at_rows
+from .hooks import check_weights, rows_per_forward, save_checkpoint, stop_at_gradient, stop_at_loss
 from .saving import SavedDtypeMixin, keeper_of_weights, set_bf16
 from .trials import TrialMixin
 
@@ -45,7 +45,7 @@ __all__ = [
     "save_checkpoint",
     "set_bf16",
     "stop_at_gradient",
-    "stop_at_rows",
+    "stop_at_loss",
     "trained_parameters",
     "whole_checkpoint",
 ]

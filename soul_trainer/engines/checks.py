@@ -84,6 +84,7 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
             "`optimizers` steps one model, and `model_init` makes another for each training: leave one out."
         )
     _check_batches(trainer, engine)
+    _check_best(trainer)
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` has no place in unlearning: choose `forget_loss` and `retain_loss`.")
     adapters = getattr(trainer.model, "peft_config", {}).values()
@@ -121,6 +122,17 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             "`l1_weight` sums whole parameters, of which FSDP2 and DeepSpeed hold parts: leave it at 0, or use one "
             "process or DistributedDataParallel."
+        )
+
+
+def _check_best(trainer: Trainer) -> None:
+    args = trainer.args
+    is_of_sets = isinstance(trainer.eval_dataset, dict) and trainer.compute_metrics is None
+    if args.load_best_model_at_end and is_of_sets and args.metric_for_best_model in (None, "loss", "eval_loss"):
+        known = ", ".join(f"{name}_loss" for name in trainer.eval_dataset)
+        raise ValueError(
+            f"`load_best_model_at_end` needs a figure, and `metric_for_best_model`={args.metric_for_best_model!r} is "
+            f"that of one set of rows, of which there are several: set it to one of {known}."
         )
 
 

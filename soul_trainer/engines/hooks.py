@@ -1,5 +1,6 @@
 """What unlearning does to a Trainer from outside its schedule: it reads its batch size, saves, and stops it."""
 
+from torch import Tensor
 from transformers import Trainer
 
 from .base import Engine, GradientError
@@ -23,13 +24,21 @@ def save_checkpoint(trainer: Trainer) -> str:
     return f"{trainer._get_output_dir(trial)}/checkpoint-{trainer.state.global_step}"
 
 
-def stop_at_rows(trainer: Trainer, engine: Engine, rows: list[str]) -> None:
+def stop_at_loss(trainer: Trainer, engine: Engine, rows: list[str], loss: Tensor) -> None:
     """
-    Stops every process before its step if the loss of one of them is not finite at some rows.
+    Stops every process before its step if the loss of one of them is not finite.
+
+    Args:
+        trainer ([`UnlearnTrainer`]): That is to take the step.
+        engine ([`Engine`]): Of the run.
+        rows (`list[str]`): Where it is not.
+        loss (`torch.FloatTensor`): The weighted sum of all.
 
     Raises:
         FloatingPointError: After saving the state before the step. Rows are named, unless it is the weights.
     """
+    if not rows and not loss.isfinite():
+        rows = ["no row but where losses are weighted and summed (`forget_weight`, `retain_weight`, `l1_weight`)"]
     rows = engine.gather(rows)
     if rows:
         check_weights(trainer, engine)

@@ -67,7 +67,7 @@ def stopped(engine: str, name: str, folder: Path) -> dict:
 
 def main() -> None:
     engine, folder, *names = sys.argv[1:]
-    if engine in DEEPSPEED and not torch.cuda.is_available():
+    if engine in (*DEEPSPEED, "fsdp2_accelerate") and not torch.cuda.is_available():
         take_the_cpu_for_an_accelerator()
     if not (Path(folder) / "models").exists():
         save_models(Path(folder) / "models")

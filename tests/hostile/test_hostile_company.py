@@ -1,7 +1,9 @@
 """Two commands in one folder, and processes of one run that do not agree: the second is told, and nothing is lost."""
 
+import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,25 @@ from pathlib import Path
 
 import pytest
 from experiment_scenes import scene_experiment, scene_task
-from scenes import largest_difference, scene_model, scene_tokenizer, scene_trainer, weights
+from scenes import FORGET, largest_difference, scene_model, scene_tokenizer, scene_trainer, weights
+from transformers import TrainingArguments
 
+from soul_eval import commands, reapply
+from soul_eval.attacks import command as attack
+from soul_eval.attacks.running import AttackArguments
 from soul_eval.running import EvalArguments, run_suite
 from soul_eval.suites import own
-from soul_trainer.held_folder import LOCK, hold_folder
+from soul_recipes import study
+from soul_recipes.muse import run_growing
+from soul_recipes.training import train_once
+from soul_trainer import influence_command
+from soul_trainer.consolidate import consolidate
+from soul_trainer.curvature.command import CurvatureArguments
+from soul_trainer.curvature.command import run as run_curvature
+from soul_trainer.difference import apply_difference, save_difference
+from soul_trainer.formats import prepare
+from soul_trainer.held_folder import hold_folder, hold_output
+from soul_trainer.leftovers import LOCK, lock_of
 
 
 TESTS = Path(__file__).parents[1]
@@ -58,6 +74,68 @@ def test_the_second_command_in_a_folder_is_told_who_holds_it(tmp_path, holder, c
     with pytest.raises(ValueError, match=f"/out' is in use by process {holder.pid} on "):
         COMMANDS[command](tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+
+
+def difference(folder: Path) -> Path:
+    """A saved difference, beside the model that it is of."""
+    scene_model().save_pretrained(folder / "model")
+    return save_difference(scene_model(), scene_model(1), folder / "saved.safetensors")
+
+
+def finetuned(folder: Path) -> Path:
+    """A training in small, whose folder a hash names."""
+    rows = prepare(FORGET, scene_tokenizer(), 64).select_columns(["input_ids", "labels"])
+    args = TrainingArguments(str(folder), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    return train_once(scene_model, rows, scene_tokenizer(), folder / "model", args, [])
+
+
+OF_FOLDERS = {
+    "attack": lambda out: attack.run(AttackArguments(model="m", target="t", output=out), None, None),
+    "reapply": lambda out: reapply.main(
+        ["--model", "m", "--difference", "d", "--forget", "f", "--retain", "r", "--output", out]
+    ),
+    "report": lambda out: commands.report(["soul=rows.jsonl", "--output", out]),
+    "growing": lambda out: run_growing(scene_experiment(Path(out).parent, "--optim", "soul"), None, {}),
+}
+OF_OUTPUTS = {
+    "influence": lambda out: influence_command.run(
+        influence_command.CommandArguments(model="m", forget="f", retain="r", output=out), None
+    ),
+    "curvature": lambda out: run_curvature(CurvatureArguments(model="m", dataset="d", output=out, device="cpu")),
+    "consolidate": lambda out: consolidate(Path(out).with_name("checkpoint-1"), out),
+    "save": lambda out: save_difference(scene_model(), scene_model(1), out),
+    "apply": lambda out: apply_difference(Path(out).with_name("model"), difference(Path(out).parent), 1.0, Path(out)),
+}
+
+
+@pytest.mark.parametrize("command", OF_FOLDERS)
+def test_every_command_waits_for_its_folder(tmp_path, command):
+    """Would catch a command that writes into the folder of another."""
+    with hold_folder(tmp_path / "out"), pytest.raises(ValueError, match=r"/out' is in use by process \d+ on "):
+        OF_FOLDERS[command](str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", OF_OUTPUTS)
+def test_every_command_waits_for_its_output(tmp_path, command):
+    """Would catch two commands that write one file, or the same half of a model, at a time."""
+    with hold_output(tmp_path / "out"), pytest.raises(ValueError, match=r"/out' is in use by process \d+ on "):
+        OF_OUTPUTS[command](str(tmp_path / "out"))
+    assert not (tmp_path / lock_of("out")).exists()
+
+
+def test_a_model_is_trained_once_at_a_time(tmp_path):
+    """Would catch two recipes that need the same target and train it into one folder."""
+    found = finetuned(tmp_path)
+    shutil.rmtree(found)
+    with hold_output(found), pytest.raises(ValueError, match="is in use by process"):
+        finetuned(tmp_path)
+
+
+def test_a_study_s_file_is_of_one_process(tmp_path):
+    """Would catch lines of two processes in one file of runs, one within another."""
+    args = argparse.Namespace(shard="0/1", name=None, output_dir=tmp_path)
+    with hold_output(tmp_path / "runs-0.jsonl"), pytest.raises(ValueError, match="is in use by process"):
+        study.work([], args)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -172,6 +172,10 @@ REFUSED = {
     "plain.jsonl.zip": (LINES, "cannot be read"),
     "plain.jsonl.zst": (LINES, "cannot be read"),
     "several.jsonl.zip": (zipped(one=LINES, two=LINES), "must hold one file, and this one holds 2"),
+    "doubled.jsonl": (LINES + b'{"text": "a", "text": "b"}\n', "line 3, is no JSON: it has 'text' twice"),
+    "doubled.json": (b'[{"text": "a", "text": "b"}]', "line 1, is no JSON: it has 'text' twice"),
+    "deep.json": (b"[" * 100_000 + b"]" * 100_000, "is no JSON: it is nested too deeply"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "holds half of a character"),
     # Other encodings.
     "latin.jsonl": ('{"text": "a"}\n{"text": "Bücher"}\n'.encode("latin-1"), "line 2, is not text in UTF-8"),
     "latin.csv": ("text\nBücher\n".encode("latin-1"), "line 2, is not text in UTF-8"),
@@ -297,6 +301,13 @@ def test_what_is_not_there_is_no_hub_id(source):
     """Would catch a typing error that asks the hub for minutes."""
     with pytest.raises(ValueError, match="no such file or folder"):
         load_source(source)
+
+
+@pytest.mark.parametrize("source", ["", None, 7, ["rows.jsonl"]])
+def test_a_source_that_is_no_name_is_refused(source):
+    """Would catch an empty name, as of a variable that is not set, that is taken for the folder one is in."""
+    with pytest.raises(ValueError, match="`forget`=.* must be a file, a folder or a hub id"):
+        load_source(source, name="forget")
 
 
 def test_a_file_that_changes_is_read_anew(tmp_path):

@@ -1,5 +1,8 @@
 """Models and rows of other kinds than the trainer's: taken where that is cheap, else refused with the way out."""
 
+import shutil
+from types import SimpleNamespace
+
 import pandas
 import pytest
 import torch
@@ -99,6 +102,20 @@ REFUSED = {
     "generator": (lambda: (row for row in FORGET), "is a generator: give"),
     "texts": (lambda: ["a text"], "Row 0 of `forget_dataset` must have columns"),
     "tensor": (lambda: torch.zeros(2, 3), "Row 0 of `forget_dataset` must have columns"),
+    "one_row": (lambda: FORGET[0], "is no table of rows, each column of one type and one length"),
+    "two_types": (
+        lambda: [
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ["b"]}]},
+        ],
+        "Row 1 of `forget_dataset`: .* is no table of rows",
+    ),
+    "surrogate": (lambda: [{"text": "\ud800"}], "holds half of a character"),
+    "missing": (
+        lambda: pandas.DataFrame({"question": ["a", None], "answer": ["b", "c"]}),
+        "Row 1 of `forget_dataset`: `question` is empty or not a string: None",
+    ),
+    "floats": (lambda: [{"input_ids": [1.0, 2.0], "labels": [1, 2]}], "`forget_dataset` must be whole numbers"),
     "empty": (lambda: [], "`forget_dataset` is empty"),
     "empty_frame": (lambda: pandas.DataFrame({"question": [], "answer": []}), "`forget_dataset` is empty"),
 }
@@ -179,6 +196,44 @@ def test_the_longest_row_of_a_model_of_several_parts_is_that_of_its_texts():
     assert longest_row(None, model, scene_tokenizer()) == 12
     with pytest.raises(ValueError, match="`max_length`=13 is over the model's 12 positions"):
         longest_row(13, model, scene_tokenizer())
+
+
+@pytest.mark.parametrize("tokenizer", ["someone/model", scene_tokenizer, SimpleNamespace(tokenizer=None)])
+def test_what_is_no_tokenizer_is_refused(tmp_path, tokenizer):
+    """Would catch an AttributeError from within for a name, a class or a processor in the tokenizer's place."""
+    with pytest.raises(ValueError, match="`processing_class` is .* and no tokenizer: load one"):
+        UnlearnTrainer(scene_model(), scene_config(tmp_path), FORGET, RETAIN, tokenizer)
+
+
+def test_the_tokenizer_of_a_processor_is_named(tmp_path):
+    """Would catch a processor of images and texts that fails somewhere within."""
+    with pytest.raises(ValueError, match="no tokenizer: give its `tokenizer`"):
+        UnlearnTrainer(
+            scene_model(), scene_config(tmp_path), FORGET, RETAIN, SimpleNamespace(tokenizer=scene_tokenizer())
+        )
+
+
+@pytest.mark.parametrize("args", ["out", {"output_dir": "out"}])
+def test_settings_of_another_kind_are_refused(args):
+    """Would catch an AttributeError for a folder's name in the place of settings."""
+    with pytest.raises(ValueError, match="`args` is .*: give an `UnlearnConfig`"):
+        UnlearnTrainer(scene_model(), args, FORGET, RETAIN, scene_tokenizer())
+
+
+def test_a_file_of_curvature_that_is_not_there_is_refused_at_once(tmp_path):
+    """Would catch a typing error that is found when training begins."""
+    with pytest.raises(ValueError, match="`curvature`='/no.safetensors': there is no such file"):
+        make_trainer(tmp_path, rule="diagonal", curvature="/no.safetensors")
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_named(tmp_path):
+    """Would catch an error of one process, for which the others wait."""
+    trainer = make_trainer(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="/out' cannot be written to: .*File exists"):
+        trainer.train()
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
 
 
 def test_other_families_are_taken(tmp_path):

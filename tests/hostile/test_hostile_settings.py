@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from scenes import scene_trainer
 from transformers import TrainingArguments
 
 from soul_trainer import UnlearnConfig
@@ -125,3 +126,54 @@ def test_plain_arguments_are_checked_when_they_become_settings():
     """Would catch `TrainingArguments` whose values nobody looks at."""
     with pytest.raises(ValueError, match="`max_grad_norm` must be >= 0"):
         UnlearnConfig.from_training_arguments(TrainingArguments("out", max_grad_norm=-1.0))
+
+
+IDLE = [
+    ({"warmup_steps": math.nan}, "`warmup_steps` must be a finite number"),
+    ({"logging_steps": math.nan}, "`logging_steps` must be a finite number"),
+    ({"save_strategy": "steps", "save_steps": 0}, "`save_steps` must be > 0"),
+    ({"save_strategy": "steps", "save_steps": -1}, "`save_steps` must be > 0"),
+    ({"eval_strategy": "steps", "eval_steps": -2}, "`eval_steps` must be > 0"),
+    ({"save_total_limit": 0}, "`save_total_limit` must be >= 1"),
+    ({"max_steps": 0}, "`max_steps` must be >= 1, or -1"),
+    ({"max_steps": -7}, "`max_steps` must be >= -1"),
+    ({"max_steps": 2.5}, "`max_steps` must be a whole number"),
+    ({"seed": -1}, r"`seed` must be in \[0, 4294967295\]"),
+    ({"seed": 2**32}, r"`seed` must be in \[0, 4294967295\]"),
+    ({"seed": 1.5}, "`seed` must be a whole number"),
+    ({"data_seed": -1}, r"`data_seed` must be in \[0, 4294967295\]"),
+    ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be >= 1"),
+    ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must be >= 0"),
+    ({"neftune_noise_alpha": math.nan}, "`neftune_noise_alpha` must be a finite number"),
+    ({"lr_scheduler_kwargs": {"num_cycles": math.nan}}, "`lr_scheduler_kwargs` has num_cycles=nan"),
+    ({"forget_weight": 0, "retain_weight": 0}, "leave nothing to train on"),
+    ({"forget_weight": 0, "retain_loss": "none", "rule": "sophia"}, "leave nothing to train on"),
+]
+
+
+@pytest.mark.parametrize("settings, message", IDLE)
+def test_settings_of_the_trainer_that_mean_nothing_are_refused(settings, message):
+    """Would catch a run that ends as finished after a schedule of NaN, no steps, or steps of another number."""
+    with pytest.raises(ValueError, match=message):
+        UnlearnConfig("out", **settings)
+
+
+def test_a_penalty_that_is_infinite_stops_the_run(tmp_path):
+    """Would catch a loss of infinity that is logged as 0 and ends as finished, because its gradient is clipped."""
+    with pytest.raises(FloatingPointError, match="not finite at no row but .*`l1_weight`.* in step 1"):
+        scene_trainer(tmp_path, l1_weight=1e38).train()
+    assert not (tmp_path / "unlearning.json").exists()
+
+
+def test_a_warm_up_that_never_ends_is_said(tmp_path, caplog):
+    """Would catch a run that ends as finished and has hardly moved."""
+    scene_trainer(tmp_path, warmup_steps=1000).train()
+    assert "never gets to `learning_rate` (now 0.01). Lower `warmup_steps` (now 1000)" in caplog.text
+
+
+def test_the_best_model_needs_a_figure_that_there_is(tmp_path):
+    """Would catch a KeyError at the first evaluation, after an epoch of training."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="`metric_for_best_model`.*set it to one of forget_loss, retain_loss"):
+        scene_trainer(tmp_path, **best)
+    scene_trainer(tmp_path, **best, metric_for_best_model="retain_loss").train()

@@ -260,6 +260,17 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[5].content }}", "{{ 1|nope }}", "{% for", "{{ 1 + 'a' }}"]
+)
+def test_a_template_that_fails_is_named_with_its_row(template):
+    """Would catch an error of Python's from within a template that names no row."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="Row 0 of `forget`: the chat template cannot write turns of user, assistant"):
+        prepare([{"messages": TURNS}], tokenizer, name="forget")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_row_that_a_template_cannot_write_is_named(name):
     """Would catch errors of jinja and KeyErrors that name no row and no way out."""

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from privacy import PATTERNS, files_with
 from scenes import RETAIN, scene_config, scene_model, scene_tokenizer, scene_trainer, spoil
 from test_recipe_unlearn import FLAGS, OTHERS, ROWS, learnt_model, text_tokenizer
 from transformers import TrainerCallback
@@ -19,24 +19,11 @@ from transformers import TrainerCallback
 from soul_recipes import unlearn
 from soul_trainer import UnlearnConfig, UnlearnTrainer
 from soul_trainer.formats import prepare
+from soul_trainer.held_folder import hold_folder
 
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
-PATTERNS = [
-    pattern.replace("RUN", "*").replace("part-N", "part-*")
-    for line in PAGE.splitlines()
-    if line.startswith("| `")
-    for pattern in re.findall(r"`([^`]+)`", line.split("|")[1])
-]
 SECRET = "Zanzibarbaz"
-
-
-def files_with(folder: Path, word: str) -> list[Path]:
-    """Files anywhere in a folder that have a word in them, in the encodings that libraries write."""
-    spelt = [word.encode(encoding) for encoding in ("utf-8", "utf-16-le")]
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [path for path in files if any(each in path.read_bytes() for each in spelt)]
 
 
 def test_every_file_with_rows_is_on_the_page_and_private(tmp_path, monkeypatch):
@@ -141,13 +128,18 @@ trainer.train()
 
 
 @pytest.mark.parametrize("signal", [9, 15])
-def test_what_a_killed_run_left_is_found_and_deleted(tmp_path, signal):
+def test_what_a_killed_run_left_is_deleted_by_a_command_and_by_the_next_run(tmp_path, signal):
     """Would catch copies of rows that a kill leaves and that nothing lists."""
     code = KILLED.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "out"), signal=signal)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=120)
     assert done.returncode == -signal, done.stderr.decode()[-2000:]
     assert list((tmp_path / "out").glob("_reference-*"))
+    if signal == 15:
+        # The next run into the folder, of whatever kind.
+        with hold_folder(tmp_path / "out"):
+            assert not list((tmp_path / "out").glob("_reference-*"))
+        return
     clean = [sys.executable, "-m", "soul_trainer.clean", str(tmp_path / "out"), "--delete"]
     said = subprocess.run(clean, capture_output=True, text=True, env=environment, timeout=60)
     assert said.returncode == 0, said.stderr
