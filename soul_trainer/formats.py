@@ -246,7 +246,7 @@ def prepare(
         if dataset.features.get("row") == Value("int64") and "labels" in columns:  # from here
             if not has_columns_to_check(dataset.column_names):
                 return dataset
-        return read_tokenized(dataset, tokenizer, max_length, name)
+        return read_tokenized(dataset, tokenizer.pad_token_id, max_length, name)
     if not is_text:
         raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {sorted(columns)}.")
     check_text_columns(dataset, name)

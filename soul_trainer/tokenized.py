@@ -3,7 +3,6 @@
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
@@ -53,7 +52,7 @@ def check_text_columns(dataset: Dataset, name: str) -> None:
         logger.warning(f"`{name}` has {unread}, which are not read: write into the prompt what the model needs.")
 
 
-def read_tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str) -> Dataset:
+def read_tokenized(dataset: Dataset, pad_token_id: int | None, max_length: int | None, name: str) -> Dataset:
     """
     Reads rows of tokens as a Hugging Face collator would.
 
@@ -61,7 +60,7 @@ def read_tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         dataset ([`~datasets.Dataset`]):
             Rows with `input_ids` and, optionally, `labels`, `attention_mask`, TRL's `completion_mask` and
             `assistant_masks`. Without `labels` all tokens but padding have one.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tells which token is padding.
+        pad_token_id (`int`, *optional*): The token that is padding where there are neither `labels` nor a mask.
         max_length (`int`, *optional*): The longest row that is allowed.
         name (`str`): What errors call it.
 
@@ -73,12 +72,15 @@ def read_tokenized(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     """
     if refused := sorted(filter(_is_refused, dataset.column_names)):
         raise ValueError(f"Row 0 of `{name}` has {refused}, which are not read: remove them, `remove_columns`.")
-    kept = dataset.select_columns([c for c in dataset.column_names if c in ("input_ids", "labels", *_READ)])
+    # Lists, where a format of torch's or numpy's gives arrays.
+    kept = dataset.with_format(None).select_columns(
+        [c for c in dataset.column_names if c in ("input_ids", "labels", *_READ)]
+    )
     extra = [column for column in kept.column_names if column in _READ]
 
     def read(row: dict, index: int) -> dict:
         try:
-            ids, labels = _read(row, tokenizer.pad_token_id)
+            ids, labels = _read(row, pad_token_id)
             _check(ids, labels, max_length)
         except ValueError as error:
             raise ValueError(f"Row {index} of `{name}`: {error}") from error
@@ -103,6 +105,8 @@ def _is_refused(column: str) -> bool:
 def _read(row: dict[str, Any], pad_token_id: int | None) -> tuple[list[int], list[int]]:
     """Tokens and labels of one row, without the padding at its ends."""
     ids = row["input_ids"]
+    if ids is None:
+        raise ValueError("no `input_ids`.")
     for column in ("labels", "attention_mask", *_MASKS, "position_ids", "token_type_ids"):
         if column in row and (row[column] is None or len(row[column]) != len(ids)):
             number = "no" if row[column] is None else len(row[column])

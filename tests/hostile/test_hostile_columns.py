@@ -76,3 +76,9 @@ def test_columns_that_sound_like_a_prompt_are_named(caplog, monkeypatch):
     row = {"question": "one?", "answer": "two", "context": "three", "source": "a", "perturbed_answer": ["b"]}
     prepare([row], scene_tokenizer(), name="forget")
     assert "`forget` has ['context'], which are not read" in caplog.text
+
+
+def test_a_dataset_with_a_format_is_read_alike():
+    """Would catch a mask of tensors, whose ones and zeros no set knows."""
+    rows = Dataset.from_list([{"input_ids": IDS, "labels": IDS, "attention_mask": [1, 1, 1, 0]}]).with_format("torch")
+    assert prepare(rows, scene_tokenizer())[:] == {"input_ids": [IDS[:3]], "labels": [IDS[:3]], "row": [0]}
