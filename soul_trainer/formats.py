@@ -26,6 +26,7 @@ from transformers.utils import logging
 from .batch import IGNORE_INDEX
 from .inputs import as_dataset
 from .sources import KINDS
+from .tokenized import check_text_columns, has_columns_to_check, read_tokenized
 
 
 logger = logging.get_logger(__name__)
@@ -222,7 +223,8 @@ def prepare(
 
     Args:
         dataset ([`~datasets.Dataset`], `list[dict]` or whatever [`~inputs.as_dataset`] takes):
-            Rows of one of the four kinds, or rows that already have `input_ids` and `labels`.
+            Rows of one of the four kinds, or rows that already have `input_ids`: see
+            [`~tokenized.read_tokenized`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         max_length (`int`, *optional*): See [`encode`]. Shortened answers are counted in a warning.
         prompt_template (`str`, *optional*): See [`render`].
@@ -239,14 +241,15 @@ def prepare(
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: it needs at least one row.")
     columns = set(dataset.column_names)
-    if {"input_ids", "labels"} <= columns:
-        if dataset.features.get("row") == Value("int64"):  # from here
-            return dataset
-        _check_tokenized(dataset, max_length, name)
-        kept = dataset.select_columns(["input_ids", "labels"])
-        return kept.map(lambda _, row: {"row": row}, with_indices=True, desc=f"Numbering {name}", **_NOT_CACHED)
-    if not any(columns.issuperset(kind) for kind in KINDS):
+    is_text = any(columns.issuperset(kind) for kind in KINDS)
+    if {"input_ids", "labels"} <= columns or ("input_ids" in columns and not is_text):
+        if dataset.features.get("row") == Value("int64") and "labels" in columns:  # from here
+            if not has_columns_to_check(dataset.column_names):
+                return dataset
+        return read_tokenized(dataset, tokenizer.pad_token_id, max_length, name)
+    if not is_text:
         raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {sorted(columns)}.")
+    check_text_columns(dataset, name)
 
     def tokenize(row: dict, index: int) -> dict:
         try:
@@ -267,16 +270,6 @@ def prepare(
     if num_cut:
         logger.warning(f"{num_cut} answers of `{name}` are cut off at `max_length`={max_length}.")
     return tokenized
-
-
-def _check_tokenized(dataset: Dataset, max_length: int | None, name: str) -> None:
-    for index, (ids, labels) in enumerate(zip(dataset["input_ids"], dataset["labels"])):
-        if len(ids) != len(labels):
-            raise ValueError(f"Row {index} of `{name}`: {len(ids)} `input_ids` but {len(labels)} `labels`.")
-        if max_length is not None and len(ids) > max_length:
-            raise ValueError(f"Row {index} of `{name}`: {len(ids)} tokens, but the longest row may have {max_length}.")
-        if all(label == IGNORE_INDEX for label in labels[1:]):
-            raise ValueError(f"Row {index} of `{name}`: no label after the first token: nothing to predict.")
 
 
 def _alternates(answers: str | list[str]) -> list[str]:

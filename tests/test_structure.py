@@ -21,6 +21,7 @@ FLOORS = (
         "chunks",
         "inputs",
         "formats",
+        "tokenized",
         "objectives",
         "pairing",
         "collator",

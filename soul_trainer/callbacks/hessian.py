@@ -20,6 +20,7 @@ from ..inputs import check_ids, check_tokenized
 from ..optim import RULES
 from ..random_state import forked_rng
 from ..soul_settings import SoulArguments, parse_optim_args
+from ..tokenized import has_columns_to_check, read_tokenized
 from ..weights import weights_digest
 from .rows import micro_batches
 
@@ -60,8 +61,10 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
         self.sources = sources[self.settings.hessian_data]
         if None in self.sources.values():
             raise ValueError(f"`hessian_data={self.settings.hessian_data!r}` needs the argument `forget`.")
-        for half, rows in self.sources.items():
+        for half, rows in list(self.sources.items()):
             check_tokenized(rows.column_names, half)
+            if has_columns_to_check(rows.column_names):
+                self.sources[half] = rows = read_tokenized(rows, None, None, half)
             check_ids(rows, trainer.model, half)
         self.trainer = trainer
         self.engine = make_engine(trainer.accelerator, trainer.model)
