@@ -11,12 +11,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from soul_eval.adapters import LoraArguments
 from soul_trainer.collator import UnlearnCollator
-from soul_trainer.engines import Engine, SavedDtypeMixin, keeper_of_weights, set_bf16
+from soul_trainer.engines import Engine, SavedDtypeMixin, keeper_of_weights, set_bf16, whole_checkpoint
 from soul_trainer.held_folder import hold_output
 from soul_trainer.machine import fit_to_machine
 from soul_trainer.precision import choose_precision
@@ -119,7 +118,11 @@ class _Trainer(SavedDtypeMixin, Trainer):
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
-    """Where training goes on: `--resume_from_checkpoint` names a checkpoint, or says True."""
-    if str(args.resume_from_checkpoint).lower() != "true":
-        return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    """
+    Where training goes on: `--resume_from_checkpoint` names a checkpoint, or says True. The folder's name has a hash
+    of the run, so that all its checkpoints are of this one. A run that has none begins.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted and str(wanted).lower() == "true":
+        wanted = any(Path(args.output_dir).glob("checkpoint-*"))
+    return whole_checkpoint(wanted, args) if wanted else None
