@@ -196,3 +196,14 @@ def test_states_are_those_that_the_rule_needs(state_dtype):
         gradients(params, 0)
         optimizer.step()
         assert set(optimizer.state[param]) == names
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    """Would catch AdamW's checkpoint under `optim="soul"` in a plain Trainer, which ended in `KeyError: 'hessian'`."""
+    params = [torch.nn.Parameter(torch.ones(2, 3))]
+    params[0].grad = torch.ones(2, 3)
+    adamw = torch.optim.AdamW(params)
+    adamw.step()
+    optimizer = make_soul(params, settings_of("diagonal", "tensor"))
+    with pytest.raises(ValueError, match="state is of another optimizer or `rule`.*'exp_avg_sq'.*no.*'hessian'"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": adamw.state_dict()["state"]})

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .checks import check_refresh, check_settings
 from .partition import Partition, local
 from .rules import RULES, Bucket, MatrixCurvature, Rule, shares
-from .states import accumulate, gradients_of, new_state
+from .states import accumulate, check_states, gradients_of, new_state
 from .updates import Updates
 
 
@@ -297,6 +297,7 @@ class Soul(Optimizer):
             left = iter(saved)
             groups = [next(left) if group["params"] else {**group, "params": []} for group in self.param_groups]
             state_dict = {**state_dict, "param_groups": groups}
+        check_states(state_dict["state"], self.defaults)
         super().load_state_dict(state_dict)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]

@@ -26,6 +26,31 @@ def new_state(group: dict, param: Tensor) -> dict[str, Tensor]:
     return state
 
 
+def check_states(states: dict, defaults: dict) -> None:
+    """
+    Checks states that are to be loaded.
+
+    Args:
+        states (`dict`): The `state` of a state_dict, by parameter.
+        defaults (`dict`): Of the optimizer that loads them.
+
+    Raises:
+        ValueError: If they are of another optimizer, or of another `rule`.
+    """
+    needed = {"exp_avg"}
+    if defaults["two_directions"]:
+        needed.add("exp_avg_forget")
+    if RULES[defaults["rule"]].has_hessian:
+        needed |= {"hessian", "hessian_weight"}
+    for held in filter(None, states.values()):  # a parameter without a gradient has none
+        missing = needed - set(held)
+        if missing:
+            raise ValueError(
+                f"The state is of another optimizer or `rule`: it has {sorted(held)}, and no {sorted(missing)}. "
+                "Resume with the optimizer that the checkpoint was saved with, or begin a new run."
+            )
+
+
 def gradients_of(bucket: Bucket) -> list[Tensor]:
     """In at least float32, and of zeros where a parameter has none."""
     gradients = []
