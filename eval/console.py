@@ -13,6 +13,10 @@ from pathlib import Path
 
 # Settings, files, missing libraries and runs that diverge raise these, with a message that says what to do.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+# Libraries raise these at what a user gave: damaged weights, a template, too little memory. By name, because to import
+# the libraries takes seconds.
+FOREIGN = ("SafetensorError", "DatasetsError", "TemplateError", "YAMLError", "BadZipFile", "UnpicklingError")
+FOREIGN += ("EOFError", "OutOfMemoryError")
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 HELP = ("-h", "--help")
 DEBUG = "--debug"
@@ -109,14 +113,30 @@ def run(command: str, function: Callable[[list[str]], object], arguments: Sequen
             traceback.print_exc()
         print(f"\n{command}: interrupted", file=sys.stderr)  # below a progress bar, or the terminal's ^C
         return INTERRUPTED
-    except EXPECTED as error:
+    except Exception as error:
+        if not isinstance(error, EXPECTED) and not is_foreign(error):
+            raise  # a bug of ours
         if shows_traceback:
             traceback.print_exc()
-        print(f"{command}: error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"{command}: error: {sentence(error)}", file=sys.stderr)
         return FAILED
     finally:
         sys.argv = former
     return status if isinstance(status, int) else 0
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether an error is one that libraries raise at what a user gave."""
+    return any(kind.__name__ in FOREIGN for kind in type(error).__mro__)
+
+
+def sentence(error: BaseException) -> str:
+    """What is said of an error: a library's own with its name, and what it came of, if that says more."""
+    if not is_foreign(error):
+        return str(error) or type(error).__name__
+    causes = [error, error.__cause__] if error.__cause__ else [error]
+    told = ", by ".join(f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}" for cause in causes)
+    return f"{told}. {DEBUG} shows where."
 
 
 def run_script(main: Callable[[], object]) -> int:

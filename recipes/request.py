@@ -20,7 +20,7 @@ from soul_eval.verdict import Verdict
 from soul_recipes import unlearn as recipe
 from soul_recipes.hub_layout import json_lines
 from soul_trainer.formats import render
-from soul_trainer.records import OWNER_ONLY, write_whole
+from soul_trainer.records import OWNER_ONLY, make_tokenizer_portable, write_whole
 
 
 # What is asked about a name or a topic, beside the questions that the model thinks of itself.
@@ -107,6 +107,7 @@ class Unlearned:
         """Saves the unlearned model and its tokenizer; see [`~transformers.PreTrainedModel.save_pretrained`]."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        make_tokenizer_portable(folder)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Uploads the unlearned model, its tokenizer and its card; see [`~huggingface_hub.HfApi.upload_folder`]."""
@@ -271,6 +272,7 @@ def _saved(model: object, tokenizer: PreTrainedTokenizerBase | None, folder: Pat
     target = folder / "target"
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    make_tokenizer_portable(target)
     return str(target)
 
 

@@ -19,7 +19,7 @@ from soul_trainer.engines import Engine, SavedDtypeMixin, keeper_of_weights, set
 from soul_trainer.held_folder import hold_output
 from soul_trainer.machine import fit_to_machine
 from soul_trainer.precision import choose_precision
-from soul_trainer.records import training_settings
+from soul_trainer.records import make_tokenizer_portable, training_settings
 
 
 logger = logging.get_logger(__name__)
@@ -104,6 +104,7 @@ def _train(
             whole = PeftModel.from_pretrained(make_model(), str(part / ADAPTER)).merge_and_unload()
             whole.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            make_tokenizer_portable(part)
             shutil.rmtree(part / ADAPTER)
         for checkpoint in part.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

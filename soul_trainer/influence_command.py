@@ -22,7 +22,7 @@ from .formats import longest_row, prepare
 from .held_folder import hold_output
 from .influence import InfluenceArguments, InfluenceReport, check_one_process, influence_update
 from .loading import DTYPES, ModelArguments, default_device
-from .records import RUN_FILE, write_whole
+from .records import RUN_FILE, make_tokenizer_portable, write_whole
 from .settings import Count, check_ranges
 from .sources import load_split
 
@@ -121,6 +121,7 @@ def _run(command: CommandArguments, args: InfluenceArguments) -> InfluenceReport
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    make_tokenizer_portable(temporary)
     settings = {"method": "influence", **asdict(command), **asdict(args)}
     write_whole(temporary / RUN_FILE, json.dumps({"settings": settings, "metrics": asdict(report)}, indent=2) + "\n")
     if output.exists():

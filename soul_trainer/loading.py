@@ -1,10 +1,15 @@
 """Models and tokenizers by the names that a command line gives: folders, hub ids."""
 
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .settings import check_choice, setting
@@ -78,6 +83,27 @@ class ModelArguments:
         return self.revision if name == getattr(self, "model", None) else None
 
 
+@contextmanager
+def naming(what: str, name: str | Path) -> Iterator[None]:
+    """
+    A context in which what a library says of damaged files becomes a `ValueError` that names them.
+
+    Args:
+        what (`str`): What is read, for the message: `"The model"`.
+        name (`str` or `Path`): Its folder, file or hub id.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{what} {str(name)!r} cannot be read ({type(error).__name__}: {first_line}): a file is damaged, not "
+            "whole, or of another model. Copy it, download it or save it again."
+        ) from error
+
+
 def load_model(
     name: str,
     dtype: str = "auto",
@@ -104,7 +130,8 @@ def load_model(
         from peft import AutoPeftModelForCausalLM as loader
 
         options["is_trainable"] = True  # or else its gradients could not be asked for
-    model = loader.from_pretrained(name, dtype=dtype, **options)
+    with naming("The model", name):
+        model = loader.from_pretrained(name, dtype=dtype, **options)
     return model if device is None else model.to(device)
 
 
@@ -128,7 +155,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
 
             name = PeftConfig.from_pretrained(name).base_model_name_or_path
     options = {} if revision is None else {"revision": revision}
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    with naming("The tokenizer of", name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 
 def is_adapter(name: str | Path) -> bool:

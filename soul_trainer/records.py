@@ -52,6 +52,22 @@ def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
     os.replace(temporary, path)
 
 
+def make_tokenizer_portable(folder: str | Path) -> None:
+    """
+    Has a saved tokenizer name a class that transformers before version 5 knows too: `TokenizersBackend` is that class
+    under a later name, which older versions refuse.
+
+    Args:
+        folder (`str` or `Path`): Where a tokenizer may have been saved.
+    """
+    path = Path(folder) / "tokenizer_config.json"
+    if not path.exists():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_whole(path, json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
 def training_settings(args: TrainingArguments) -> dict:
     """The settings of any training that another must repeat to get the same model."""
     return _plain({name: getattr(args, name) for name in _TRAINING_SETTINGS})

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .loading import naming
 from .weights import update_digest
 
 
@@ -199,5 +200,5 @@ def _folder(name: str, argument: str) -> Path:
 
 
 def _names_in(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
+    with naming("The file", path), safe_open(path, "pt") as file:
         return list(file.keys())

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from ..precision import Precision
-from ..records import write_whole
+from ..records import make_tokenizer_portable, write_whole
 from .choice import make_engine
 from .fsdp import is_sharded
 from .hooks import check_weights
@@ -82,6 +82,8 @@ class SavedDtypeMixin(Trainer):
             self._save_in_dtype(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        if self.args.should_save:
+            make_tokenizer_portable(output_dir or self.args.output_dir)
 
     def _save_in_dtype(self, output_dir: str | None, state_dict: dict | None) -> None:
         if self.precision is None or not self.precision.dtypes:
