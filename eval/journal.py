@@ -6,10 +6,13 @@ no use and is removed. Imports no torch.
 """
 
 import json
+import logging
 from pathlib import Path
 
 from .rows import OWNER_ONLY, write_whole
 
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[str, int, str]
 
@@ -42,7 +45,8 @@ class Journal:
                 self.is_stale = True
                 continue
             # What follows the last line break was cut off by a kill.
-            self.done |= {tuple(key): fields for key, fields in map(json.loads, lines[1:-1])}
+            for number, line in enumerate(lines[1:-1], start=2):
+                self._take(line, f"{piece}, line {number}")
         if gather:
             gather([])
         if process_index == 0:
@@ -60,6 +64,18 @@ class Journal:
         if process_index:
             self._file.write(first_line + "\n")
             self._file.flush()
+
+    def _take(self, line: str, where: str) -> None:
+        """Takes up a line. What it says of a row that cannot be read is asked again."""
+        try:
+            (split, index, part), fields = json.loads(line)
+            is_known = isinstance(split, str) and isinstance(index, int) and isinstance(part, str)
+            if not is_known or not isinstance(fields, dict):
+                raise ValueError(f"it is {line[:60]!r}")
+        except (ValueError, TypeError) as error:
+            logger.warning(f"{where} is skipped, because it is no finding ({error}): what it was of is asked again.")
+            return
+        self.done[split, index, part] = fields
 
     def add(self, key: Key, fields: dict) -> None:
         """Keeps the findings of a part of a row."""

@@ -83,6 +83,7 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
                 if number > 1:
                     raise ValueError(f"{path}, line {number}: a row needs a `split`, but it has {sorted(row)}.")
                 header = row
+                _check_format(header, f"{path}, line {number}")
                 continue
             split = row["split"]
             row.setdefault("index", counts.get(split, 0))
@@ -131,6 +132,18 @@ def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def _check_format(header: dict, where: str) -> None:
+    found = header.get("format", FORMAT)
+    name, _, number = str(found).partition("/")
+    own_name, _, own_number = FORMAT.partition("/")
+    if name != own_name or not number.isdigit():
+        raise ValueError(f"{where}: `format` is {found!r}, and rows of an evaluation have {FORMAT!r}.")
+    if int(number) > int(own_number):
+        raise ValueError(
+            f"{where}: `format` is {found!r}, of a later version than this one ({FORMAT!r}): update soul-trainer."
+        )
 
 
 def _parse(line: str, where: str) -> dict:

@@ -9,6 +9,8 @@ from scenes import FORGET, RETAIN, question_rows, scene_model, scene_tokenizer, 
 from transformers import AutoTokenizer
 
 from soul_eval.console import FOREIGN, run
+from soul_eval.journal import Journal
+from soul_eval.rows import read_rows
 from soul_recipes.command import main
 from soul_trainer.records import make_tokenizer_portable
 
@@ -119,3 +121,51 @@ def test_saved_tokenizers_name_a_class_that_older_versions_know(tmp_path):
     (other / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     make_tokenizer_portable(other)
     assert json.loads((other / "tokenizer_config.json").read_text()) == {"tokenizer_class": "LlamaTokenizer"}
+
+
+BAD_LINES = {
+    "no JSON": "{",
+    "no list": '{"a": 1}',
+    "no key": '["forget", {}]',
+    "an index that is none": '[["forget", "one", "answer"], {}]',
+    "no fields": '[["forget", 1, "answer"], 3]',
+    "too many parts": '[["forget", 1, "answer"], {}, {}]',
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_of_a_journal_is_asked_again(tmp_path, caplog, line):
+    """Would catch an evaluation that dies of one line on a disk that was full, and findings of no row."""
+    path = tmp_path / "rows.jsonl"
+    journal = Journal(path, {"model": "a"})
+    journal.add(("forget", 0, "answer"), {"answer_nll": 1.0})
+    journal.add(("forget", 2, "answer"), {"answer_nll": 2.0})
+    journal.close()
+    piece = tmp_path / "rows.jsonl.part-0"
+    first, one, other = piece.read_text().splitlines()
+    piece.write_text("\n".join([first, one, line, other, ""]))
+    resumed = Journal(path, {"model": "a"})
+    resumed.close()
+    assert set(resumed.done) == {("forget", 0, "answer"), ("forget", 2, "answer")}
+    assert "rows.jsonl.part-0, line 3 is skipped" in caplog.text and "asked again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("soul_eval.rows/3", "of a later version than this one.*update soul-trainer"),
+        ("soul_eval.rows/x", "and rows of an evaluation have 'soul_eval.rows/2'"),
+        ("lm_eval/1", "and rows of an evaluation have"),
+        (7, "and rows of an evaluation have"),
+    ],
+)
+def test_rows_of_another_format_are_refused(tmp_path, format, message):
+    """Would catch rows whose columns mean something else, made into figures."""
+    path = tmp_path / "rows.jsonl"
+    row = {"split": "forget", "index": 0, "answer_nll": 1.0}
+    path.write_text(json.dumps({"format": format}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 1: `format` is .*{message}"):
+        read_rows(path)
+    path.write_text(json.dumps({"format": "soul_eval.rows/1"}) + "\n" + json.dumps(row) + "\n")
+    assert read_rows(path)[1] == [row]
