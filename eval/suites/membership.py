@@ -1,13 +1,16 @@
 """Membership inference as suites do it: what is asked of a row, and the figures of rows that were asked it."""
 
-from ..metrics.membership_auc.formula import auc, true_positive_rate
-from ..metrics.membership_scores.formula import membership_scores
+from ..metrics.membership_auc.formula import auc, auc_value, true_positive_rate
+from ..metrics.membership_scores.formula import membership_scores, min_k_score
+from ..metrics.privleak.formula import privleak
 from ..statistics import Figure
 from .base import DETAILS, GRADIENT, Part, column
 
 
 FALSE_POSITIVE_RATES = {"tpr_1": 0.01, "tpr_01": 0.001}
 TOKENS = "token_log_probs"
+# MUSE's `privleak_auc_key` is "forget_holdout_Min-40%".
+PRIVLEAK_SHARE = 0.4
 
 
 def membership_parts(answer: dict, with_gradient: bool = False) -> list[Part]:
@@ -24,7 +27,8 @@ def membership_parts(answer: dict, with_gradient: bool = False) -> list[Part]:
     key = next(name for name in ("answer", "completion", "text") if name in answer)
 
     def finish(scores: list) -> dict:
-        own, lowercase = scores
+        # Papers score the text, of which the end of sequence, or of a turn, is no part.
+        own, lowercase = (score.content for score in scores)
         return {**token_fields(own), "lowercase_nll": lowercase.nll}
 
     parts = [Part("membership", [answer, {**answer, key: answer[key].lower()}], finish, DETAILS)]
@@ -102,6 +106,34 @@ def membership_figures(
         for key, rate in FALSE_POSITIVE_RATES.items():
             figures[f"mia_{name}_{key}"] = true_positive_rate(*pair, rate)
     return dict(sorted(figures.items()))
+
+
+def privacy_figures(
+    rows: tuple[list[dict], list[dict]], reference_rows: tuple[list[dict], list[dict]] | None = None
+) -> dict[str, Figure]:
+    """
+    The attack that MUSE's PrivLeak is made of, Min-K% with k = 0.4, and what it is to that on a gold model.
+
+    Args:
+        rows (`tuple[list[dict], list[dict]]`): The forget rows, and rows that no model has seen.
+        reference_rows (`tuple[list[dict], list[dict]]`, *optional*): The same of a gold model.
+
+    Returns:
+        `dict[str, Figure]`: `mia_min_40_auc` and, with a gold model whose own AUC is below 1, `privleak`.
+    """
+    own = [_min_40(part) for part in rows]
+    if None in own:
+        return {}
+    figures = {"mia_min_40_auc": auc(*own, sample="mia")}
+    golds = [_min_40(part) for part in reference_rows or ([], [])]
+    if None not in golds and auc_value(*golds) < 1:
+        figures["privleak"] = privleak(*own, *golds, sample="mia")
+    return figures
+
+
+def _min_40(rows: list[dict]) -> list[float] | None:
+    tokens = column(rows, TOKENS)
+    return min_k_score(tokens, PRIVLEAK_SHARE).tolist() if tokens else None
 
 
 def _same_rows(rows: list[dict], reference_rows: list[dict] | None) -> list[dict] | None:

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..metrics.membership_auc.formula import auc, auc_value
-from ..metrics.membership_scores.formula import min_k_score
-from ..metrics.privleak.formula import privleak
 from ..metrics.rouge_overlap.formula import rouge_scores
 from ..metrics.shadow_attack.formula import shadow_attacks
 from ..rows import check_rows
 from ..statistics import Figure, mean_figure
 from .base import DETAILS, GENERATION, Part, Suite, by_split, column, match_rows
-from .membership import TOKENS, gradient_part, membership_figures, row_scores, token_fields
+from .membership import gradient_part, membership_figures, privacy_figures, row_scores, token_fields
 from .memorization import memorization_values
 from .sources import load_rows, require_texts
 
@@ -36,8 +33,6 @@ METRICS = ("knowmem", "verbmem", "privleak")
 ASKED = dict.fromkeys(KNOWMEM, "question") | {VERBMEM: "prompt"} | dict.fromkeys(PRIVLEAK, "text")
 # Where MUSE cuts an answer off: the model begins another pair of its prompt.
 STOPS = ("\n\n", "\nQuestion", "Question:")
-# MUSE's `privleak_auc_key` is "forget_holdout_Min-40%".
-PRIVLEAK_SHARE = 0.4
 # A continuation that begins with one of these needs no space before it.
 ATTACHED = ",.;:!?)"
 
@@ -170,7 +165,8 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
             figures[f"{split}_rougeL"] = mean_figure(scores, split)
     for name, values in memorization_values(splits[VERBMEM], "token_hits").items():
         figures[f"verbmem_{name}"] = mean_figure(values, VERBMEM)
-    figures |= _privacy(splits, gold)
+    golds = (gold[FORGET], gold[HOLDOUT]) if gold else None
+    figures |= privacy_figures((splits[FORGET], splits[HOLDOUT]), golds)
     figures |= membership_figures(splits[FORGET], splits[HOLDOUT], reference_rows)
     return figures | _shadow(splits)
 
@@ -236,23 +232,6 @@ def _memorization_fields(scores: list) -> dict:
 def _membership_fields(scores: list) -> dict:
     own, lowercase = (score.content for score in scores)
     return {"answer_nll": own.nll, **token_fields(own), "lowercase_nll": lowercase.nll}
-
-
-def _privacy(splits: dict[str, list[dict]], gold: dict[str, list[dict]] | None) -> dict[str, Figure]:
-    """The AUC of MUSE's attack, and what it is to that of the gold model."""
-    own = [_min_k(splits[split]) for split in (FORGET, HOLDOUT)]
-    if None in own:
-        return {}
-    figures = {"mia_min_40_auc": auc(*own, sample="mia")}
-    golds = [_min_k(gold[split]) if gold else None for split in (FORGET, HOLDOUT)]
-    if None not in golds and auc_value(*golds) < 1:
-        figures["privleak"] = privleak(*own, *golds, sample="mia")
-    return figures
-
-
-def _min_k(rows: list[dict]) -> list[float] | None:
-    tokens = column(rows, TOKENS)
-    return min_k_score(tokens, PRIVLEAK_SHARE).tolist() if tokens else None
 
 
 def _shadow(splits: dict[str, list[dict]]) -> dict[str, Figure]:

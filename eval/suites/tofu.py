@@ -20,7 +20,7 @@ from ..rows import check_rows
 from ..statistics import TAIL, UNIT, Figure, distance_bounds, mean_figure, resampled_means
 from .base import GENERATION, Part, Suite, by_split, column, match_rows
 from .embedding import accuracy_figures, judge_embeddings
-from .membership import membership_figures, membership_parts
+from .membership import membership_figures, membership_parts, privacy_figures
 from .memorization import memorization_values
 
 
@@ -242,9 +242,10 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
 
     Returns:
         `dict[str, Figure]`: `model_utility`; `forget_quality` and `ks_statistic` if there are `reference_rows`; and
-        for each split `<split>_probability`, `<split>_truth_ratio`, `<split>_truth_share` and ROUGE; and
-        `exact_memorization` and `extraction_strength` of the forget rows. A figure whose rows or columns are missing
-        is left out.
+        for each split `<split>_probability`, `<split>_truth_ratio`, `<split>_truth_share` and ROUGE;
+        `exact_memorization` and `extraction_strength` of the forget rows; and, if there are rows that no model has
+        seen, membership inference: `mia_*`, and `privleak` against the gold model. A figure whose rows or columns are
+        missing is left out.
 
     Raises:
         ValueError: If a number is missing or not finite, or `reference_rows` are not of the same forget rows.
@@ -263,6 +264,11 @@ def summarise(rows: list[dict], reference_rows: list[dict] | None = None) -> dic
     if reference_rows is not None and split_rows["forget"]:
         summary = _forget_quality(split_rows["forget"], reference_rows) | summary
     summary |= membership_figures(split_rows["forget"], split_rows[NON_MEMBERS], reference_rows)
+    pairs = (
+        tuple([row for row in each or [] if row["split"] == split] for split in ("forget", NON_MEMBERS))
+        for each in (rows, reference_rows)
+    )
+    summary |= privacy_figures(*pairs)
     return summary | accuracy_figures(rows)
 
 
