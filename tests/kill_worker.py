@@ -179,7 +179,8 @@ def main() -> None:
         ended, _ = lives(folder / "killed", *life)
         steps = sorted(int(path.name.partition("-")[2]) for path in (folder / "killed").glob("checkpoint-*"))
         death = "killed" if ended == signal.SIGKILL else ended
-        print(f"{death} at {life[0] or 'random'}, checkpoints {steps}", flush=True)
+        # On a line of its own: the one before may have been cut off.
+        print(f"\n{death} at {life[0] or 'random'}, checkpoints {steps}", flush=True)
     assert lives(folder / "killed")[0] == 0
 
 

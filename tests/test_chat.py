@@ -320,7 +320,7 @@ def test_a_row_is_filled_in_and_html_shows_as_text(tab):
         ("#prompt textarea", "very " * 300, "leaves no room for an answer within the model's 256."),
         ("#temperature input", "0", "`temperature` must be > 0, but it is 0"),
         ("#seed input", "", "A setting is empty: seed needs a number."),
-        ("#tokens input", "0", "`max_new_tokens` must be at least 1, but it is 0."),
+        ("#tokens input", "0", "`max_new_tokens` must be >= 1, but it is 0."),
     ],
 )
 def test_errors_appear_on_the_page(tab, box, text, sentence):

@@ -137,7 +137,7 @@ def test_dora_beside_a_model_that_was_sharded_while_loading_is_refused(sharded_w
     model = torch.nn.Module()
     model.weight, model.peft_config = sharded_weight, {"default": LoraConfig(use_dora=True)}
     args, model.config = scene_config(tmp_path), scene_model().config
-    parts = {"args": args, "model": model, "objectives": Objectives.named("npo", "nll")}
+    parts = {"args": args, "model": model, "objectives": Objectives.named("npo", "nll"), "eval_dataset": None}
     trainer = SimpleNamespace(**parts, train_dataset=FORGET, optimizer=None, model_init=None, compute_loss_func=None)
     with pytest.raises(ValueError, match="leave `use_dora` out"):
         check_trainer(trainer, Engine())

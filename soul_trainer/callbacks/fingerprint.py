@@ -29,6 +29,7 @@ class FingerprintCallback(KeptWithCheckpoint):
         self.trainer = trainer
         self.rows = {"forget_dataset": forget, "retain_dataset": retain}
         self._weights = weights_sample_digest(trainer.model)
+        self._source = getattr(trainer.model.config, "_name_or_path", None)
 
     def fingerprint(self) -> dict[str, object]:
         """That of the run."""
@@ -54,10 +55,9 @@ class FingerprintCallback(KeptWithCheckpoint):
 
     def warn_of_half_unlearned(self) -> None:
         """Warns if the model that a run begins with is a checkpoint of another run, and the objectives look back."""
-        source = getattr(self.trainer.model.config, "_name_or_path", None)
-        if source and self.trainer.objectives.look_back and read_fingerprint(source) is not None:
+        if self._source and self.trainer.objectives.look_back and read_fingerprint(self._source) is not None:
             logger.warning(
-                f"`model` comes from {source}, a checkpoint of an unlearning run, and what the losses compare with is "
-                "this half-unlearned model. To go on with that run, load the model that it began with, and give the "
-                "checkpoint to `resume_from_checkpoint`."
+                f"`model` comes from {self._source}, a checkpoint of an unlearning run, and what the losses compare "
+                "with is this half-unlearned model. To go on with that run, load the model that it began with, and "
+                "give the checkpoint to `resume_from_checkpoint`."
             )

@@ -127,8 +127,10 @@ def check_trainer(trainer: Trainer, engine: Engine) -> None:
 
 def _check_best(trainer: Trainer) -> None:
     args = trainer.args
+    if not args.load_best_model_at_end:
+        return
     is_of_sets = isinstance(trainer.eval_dataset, dict) and trainer.compute_metrics is None
-    if args.load_best_model_at_end and is_of_sets and args.metric_for_best_model in (None, "loss", "eval_loss"):
+    if is_of_sets and args.metric_for_best_model in (None, "loss", "eval_loss"):
         known = ", ".join(f"{name}_loss" for name in trainer.eval_dataset)
         raise ValueError(
             f"`load_best_model_at_end` needs a figure, and `metric_for_best_model`={args.metric_for_best_model!r} is "
