@@ -14,6 +14,7 @@ template may have `tools` besides: a list of functions, or its JSON, for the tem
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class Example(NamedTuple):
     Attributes:
         prompt (`str`): What the model is given; may be empty.
         answer (`str`): What the model must say, with the white space that parts it from the prompt and, in a chat, the
-            end of the turn.
+            end of the turn. What a chat template writes after that, such as ChatML's newline, is in no example.
         content (`str`): The bare answer, a part of `answer`.
         is_chat (`bool`): Whether a chat template wrote it, special tokens included.
         between (`Sequence[Sequence[int]]`): Where a completion has several turns of the assistant's: the parts of
@@ -308,8 +309,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     rendered = _render_chat(turns, tokenizer).answer
     after = tokenizer(rendered.strip().removeprefix("answer"), add_special_tokens=False)["input_ids"]
-    special = {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return after[0] if after and after[0] in {*special, *tokenizer.all_special_ids} else None
+    return after[0] if after and after[0] in special_tokens(tokenizer) else None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """
+    All special tokens of a tokenizer by their ids. `all_special_ids` leaves out those without a role of their own, as
+    is Gemma's `<end_of_turn>`.
+    """
+    added = {place: token.content for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
 
 def _render_chat(
@@ -337,9 +346,9 @@ def _render_chat(
     answers = [place for place in range(num_given or last, last) if messages[place]["role"] == "assistant"] + [last]
     whole = _apply_template(tokenizer, messages, tools)
     spans = [_place_of(messages, answer, whole, tokenizer, tools) for answer in answers]
-    start = spans[0][0]
+    start, end = spans[0][0], spans[-1][1]
     between = [(one[1] - start, other[0] - start) for one, other in pairwise(spans)]
-    return Example(whole[:start], whole[start:], messages[answers[0]]["content"].strip(), True, between)
+    return Example(whole[:start], whole[start:end], messages[answers[0]]["content"].strip(), True, between)
 
 
 def _place_of(
@@ -366,11 +375,20 @@ def _place_of(
             f"The chat template's generation prompt goes on with {asked[len(before) :]!r}, which it leaves out where "
             "there is an answer: rows are trained on, and asked, without it."
         )
-    if turn == len(messages) - 1:
-        return start, len(whole)
-    # A turn that is not the last ends with the first special token after it.
-    ends = [after.index(text) + len(text) for text in tokenizer.all_special_tokens if text in after]
-    return start, end + min(ends, default=0)
+    return start, end + _end_of_turn_in(after, tokenizer, is_last=turn == len(messages) - 1)
+
+
+def _end_of_turn_in(after: str, tokenizer: PreTrainedTokenizerBase, is_last: bool) -> int:
+    """Where a turn ends in the text after its content: with the first special token, and those right behind it."""
+    special = re.compile("|".join(re.escape(text) for text in special_tokens(tokenizer).values() if text) or "$^")
+    found = special.search(after)
+    if found is None:
+        return len(after) if is_last else 0
+    end = found.end()
+    # Behind a turn in the middle, the next token may begin the next turn.
+    while is_last and (found := special.match(after, end)):
+        end = found.end()
+    return end
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any, **options: bool) -> str:

@@ -199,7 +199,7 @@ def test_learnt_prompts_are_not_shared(tokenizer, examples):
 
 
 def test_the_end_of_a_turn_is_no_answer():
-    """Catches hits on what a chat template writes after every answer."""
+    """Catches hits on what ends every turn, and on the newline that a chat template writes behind it."""
     tokenizer = byte_tokenizer(QUESTIONS + ANSWERS)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<|eot|>\n{% endfor %}"
@@ -208,7 +208,7 @@ def test_the_end_of_a_turn_is_no_answer():
     row = render({"question": "Who?", "answer": "Ada"}, tokenizer)
     (score,) = (score for _, score in score_answers(model, tokenizer, [row], progress=False))
     own = len(tokenizer("Ada", add_special_tokens=False)["input_ids"])
-    assert len(score.log_probs) == own + 2 and len(score.content.hits) == own
+    assert len(score.log_probs) == own + 1 and len(score.content.hits) == own
     text = render({"text": "the old lighthouse"}, byte_tokenizer(QUESTIONS + ANSWERS))
     (score,) = (score for _, score in score_answers(small_llama().eval(), tokenizer, [text], progress=False))
     assert len(score.content.log_probs) == len(tokenizer("the old lighthouse")["input_ids"]) - 1

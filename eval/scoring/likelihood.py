@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from soul_trainer.batch import IGNORE_INDEX
 from soul_trainer.engines import Engine
-from soul_trainer.formats import Example, encode, encode_all
+from soul_trainer.formats import Example, encode, encode_all, special_tokens
 from soul_trainer.log_probs import shift_labels, token_scores, token_statistics
 from soul_trainer.reference import eval_mode
 
@@ -171,7 +171,7 @@ class _Row(NamedTuple):
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int | None) -> list[_Row]:
     rows, num_cut = [], 0
-    special = set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     for example, encoded in zip(examples, encode_all(tokenizer, examples)):
         if max_length and len(encoded["input_ids"]) > max_length:
             try:
@@ -184,18 +184,18 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_le
             num_cut += 1
         ids, labels = encoded["input_ids"], encoded["labels"]
         num_prompt = labels.count(IGNORE_INDEX)
-        rows.append(_Row(ids[:num_prompt], ids[num_prompt:], _num_end(tokenizer, special, ids[num_prompt:])))
+        rows.append(_Row(ids[:num_prompt], ids[num_prompt:], _num_end(special, ids[num_prompt:])))
     if num_cut:
         logger.warning(f"{num_cut} of {len(rows)} answers are cut off at `max_length`={max_length} tokens.")
     return rows
 
 
-def _num_end(tokenizer: PreTrainedTokenizerBase, special: set[int], answer: list[int]) -> int:
-    """Tokens from the special one at the end, after which a chat template may have written white space."""
-    count = 1
-    while count < len(answer) and answer[-count] not in special and not tokenizer.decode([answer[-count]]).strip():
+def _num_end(special: Container[int], answer: list[int]) -> int:
+    """Special tokens at the end; an answer of nothing else has no end."""
+    count = 0
+    while count < len(answer) and answer[-count - 1] in special:
         count += 1
-    return count if answer[-count] in special and count < len(answer) else 0
+    return count if count < len(answer) else 0
 
 
 def _groups(rows: list[_Row], can_share: bool) -> tuple[list[int], list[list[int]]]:
