@@ -1,7 +1,7 @@
 """Asks a model what a suite wants to know of its rows: in whole batches, over several processes, and never twice."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm.auto import tqdm
@@ -59,12 +59,15 @@ def ask(
         keys_of.append(list(own))
         parts |= own
     found = dict(journal.done) if journal else {}
-    todo = {key: part for key, part in parts.items() if key not in found}
     passes: dict[tuple, dict[Key, Part]] = defaultdict(dict)
-    for key, part in todo.items():
+    for key, part in parts.items():
         passes[part.kind, part.max_new_tokens][key] = part
     settings = {"engine": engine, "progress": progress and (engine is None or engine.process_index == 0)}
     for (kind, max_new_tokens), members in passes.items():
+        known = members.keys() & found.keys()
+        if len(known) == len(members):
+            continue
+        # What is known as well, because the others' batches are the same then.
         examples = {key: _examples(key, part, tokenizer, prompt_template, transform) for key, part in members.items()}
         if transform:
             plain = [_examples(key, part, tokenizer, prompt_template) for key, part in members.items()]
@@ -73,15 +76,17 @@ def ask(
             check_lengths(list(examples.values()), plain, names, tokenizer, limit)
         settings["description"] = f"{name}: {BARS[kind]}" if name else BARS[kind].capitalize()
         if kind == GRADIENT:
-            answers = _gradient_norms(model, tokenizer, examples, **settings)
+            unknown = {key: rendered for key, rendered in examples.items() if key not in known}
+            answers = _gradient_norms(model, tokenizer, unknown, **settings)
         elif kind == GENERATION:
             prompts = [rendered for (rendered,) in examples.values()]
-            texts = generate_answers(model, tokenizer, prompts, batch_size, max_new_tokens, **settings)
+            places = [place for place, key in enumerate(examples) if key in known]
+            texts = generate_answers(model, tokenizer, prompts, batch_size, max_new_tokens, known=places, **settings)
             answers = _with_keys(list(examples), texts)
         else:
             scoring = {"batch_size": batch_size, "details": kind == DETAILS, **settings}
-            answers = _whole_parts(model, tokenizer, examples, scoring)
-        found |= _finished(answers, members, journal, engine)
+            answers = _whole_parts(model, tokenizer, examples, known, scoring)
+        found |= _finished(((key, each) for key, each in answers if key not in known), members, journal, engine)
     merged = []
     for row, keys in zip(rows, keys_of):
         fields = [found[key] for key in keys]
@@ -108,12 +113,15 @@ def _gradient_norms(
             raise ValueError(f"Row {key[1]} of `{key[0]}`: {error}") from error
 
 
-def _whole_parts(model, tokenizer, examples: dict[Key, list[Example]], settings: dict) -> Iterator:
+def _whole_parts(
+    model, tokenizer, examples: dict[Key, list[Example]], known: Collection[Key], settings: dict
+) -> Iterator:
     """Keys of parts and the scores of all their answers, which may have been given on several processes."""
     flat = [(key, place) for key, rendered in examples.items() for place in range(len(rendered))]
     scores: dict[Key, dict] = defaultdict(dict)
     everything = [example for rendered in examples.values() for example in rendered]
-    for place, score in score_answers(model, tokenizer, everything, **settings):
+    places = [place for place, (key, _) in enumerate(flat) if key in known]
+    for place, score in score_answers(model, tokenizer, everything, known=places, **settings):
         key, answer = flat[place]
         scores[key][answer] = score
         if len(scores[key]) == len(examples[key]):

@@ -1,7 +1,7 @@
 """Rows in batches that hold so many tokens, padding included, and the forwards that sharded processes do together."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -70,6 +70,14 @@ def token_batches(
         batch = together
     if batch:
         yield [each.index for each in batch]
+
+
+def unknown_batches(batches: Iterable[list[int]], known: Collection[int]) -> Iterator[list[int]]:
+    """
+    Batches of which something is not known yet. They are run whole: the numbers of a row depend, in the last digits,
+    on the rows beside it, and must not tell where a run was stopped.
+    """
+    return (batch for batch in batches if not known or not all(index in known for index in batch))
 
 
 def own_units(units: list[Unit], engine: Engine | None) -> list[Unit]:

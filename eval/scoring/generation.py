@@ -1,6 +1,6 @@
 """The answers that a model gives when it always takes the most probable token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from tqdm.auto import tqdm
@@ -23,11 +23,11 @@ from .batches import (
     longest_input,
     most_rows,
     only_last_logits,
-    own_units,
     pad,
     run_batches,
     shortest,
     token_batches,
+    unknown_batches,
 )
 
 
@@ -49,6 +49,7 @@ def generate_answers(
     engine: Engine | None = None,
     description: str = "Greedy answers",
     progress: bool = True,
+    known: Collection[int] = (),
 ) -> Iterator[tuple[int, str]]:
     """
     Answers prompts greedily, the longest first. A row leaves its batch when it is done.
@@ -65,10 +66,11 @@ def generate_answers(
         engine ([`~soul_trainer.engines.Engine`], *optional*): That runs the model, if processes share the examples.
         description (`str`, *optional*): Name of the progress bar.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        known (`Collection[int]`, *optional*): As of [`score_answers`].
 
     Returns:
-        `Iterator[tuple[int, str]]`: Places of this process's part of `examples`, each once, and answers without
-        special tokens, as they are done.
+        `Iterator[tuple[int, str]]`: Places of this process's part of `examples`, each at most once, and answers
+        without special tokens, as they are done.
 
     Raises:
         ValueError: If an example has no prompt, or a prompt leaves no room within the model's limit.
@@ -77,9 +79,12 @@ def generate_answers(
     bounds = _bounds(model, tokenizer, prompts, max_new_tokens)
     settings = _greedy_settings(model, tokenizer, max_new_tokens)
     units = [Unit(place, len(prompt), 1, bounds[place]) for place, prompt in enumerate(prompts)]
-    batches = token_batches(units, cache_budget(model, batch_size), engine, most_rows(model))
+    batches = list(token_batches(units, cache_budget(model, batch_size), engine, most_rows(model)))
+    todo = list(unknown_batches(batches, known))
     decode = _decode if can_continue(model) else _generate
-    spare, num_done, total = shortest(units), 0, len(own_units(units, engine))
+    spare, total = shortest(units), sum(map(len, batches))
+    num_done = total - sum(map(len, todo))
+    bar_settings = {"total": total, "initial": num_done, "bar_format": BAR, "disable": not progress}
 
     def run(batch: list[int]) -> list[list[int]]:
         rows = [prompts[place] for place in batch], [bounds[place] for place in batch]
@@ -89,9 +94,9 @@ def generate_answers(
     with (
         eval_mode(model),
         generation_settings(model, settings),
-        tqdm(total=total, desc=description, unit="answer", bar_format=BAR, disable=not progress) as bar,
+        tqdm(desc=description, unit="answer", **bar_settings) as bar,
     ):
-        for batch, answers in run_batches(batches, run, engine, spare):
+        for batch, answers in run_batches(todo, run, engine, spare):
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             yield from zip(batch, texts)
             num_done += len(batch)

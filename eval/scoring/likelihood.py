@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ from .batches import (
     run_batches,
     shortest,
     token_batches,
+    unknown_batches,
 )
 
 
@@ -85,6 +86,7 @@ def score_answers(
     engine: Engine | None = None,
     description: str = "Answers",
     progress: bool = True,
+    known: Collection[int] = (),
 ) -> Iterator[tuple[int, AnswerScore]]:
     """
     Scores answers, those of the longest rows first. A prompt that several answers share is computed once.
@@ -101,10 +103,13 @@ def score_answers(
         engine ([`~soul_trainer.engines.Engine`], *optional*): That runs the model, if processes share the examples.
         description (`str`, *optional*): Name of the progress bar.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        known (`Collection[int]`, *optional*):
+            Places of `examples` whose scores are known. They are scored only where they share a batch with others, so
+            that the others' scores have the same bits as if all were scored.
 
     Returns:
-        `Iterator[tuple[int, AnswerScore]]`: Places of this process's part of `examples`, each once, and scores, as
-        they are done.
+        `Iterator[tuple[int, AnswerScore]]`: Places of this process's part of `examples`, each at most once, and
+        scores, as they are done.
 
     Raises:
         ValueError: If an example has no answer token within `max_length`.
@@ -123,16 +128,21 @@ def score_answers(
     def score_groups(batch: list[int]) -> list[tuple[list[int], list[Tensor]]]:
         prefix = _Prefix(model, [shared[index] for index in batch], rows, device)
         units = [_after_prompt(place, rows[place]) for index in batch for place in shared[index]]
-        batches = token_batches(units, budget)
+        batches = unknown_batches(token_batches(units, budget), known)
         return [result for _, result in run_batches(batches, lambda b: score_rows(b, prefix), engine, shortest(units))]
 
     prefixes = [Unit(index, len(rows[group[0]].prompt) - 1, 1, 0) for index, group in enumerate(shared)]
     units = [Unit(place, 0, 1, len(rows[place].prompt) + len(rows[place].answer)) for place in singles]
-    total = len(own_units(units, engine)) + sum(len(shared[unit.index]) for unit in own_units(prefixes, engine))
-    with eval_mode(model), tqdm(total=total, desc=description, unit="answer", disable=not progress) as bar:
+    known = set(known)
+    known_groups = {index for index, group in enumerate(shared) if known and known.issuperset(group)}
+    own = [unit.index for unit in own_units(units, engine)]
+    own += [place for unit in own_units(prefixes, engine) for place in shared[unit.index]]
+    bar_settings = {"total": len(own), "initial": len(known.intersection(own)), "disable": not progress}
+    with eval_mode(model), tqdm(desc=description, unit="answer", **bar_settings) as bar:
         batches = token_batches(prefixes, budget * (PREFIX_BUDGETS if batch_size == AUTO else 1), engine)
-        groups = run_batches(batches, score_groups, engine, shortest(prefixes))
-        alone = run_batches(token_batches(units, budget, engine), score_rows, engine, shortest(units))
+        groups = run_batches(unknown_batches(batches, known_groups), score_groups, engine, shortest(prefixes))
+        batches = unknown_batches(token_batches(units, budget, engine), known)
+        alone = run_batches(batches, score_rows, engine, shortest(units))
         results = chain((result for _, several in groups for result in several), (result for _, result in alone))
         for places, tensors in _one_behind(results):
             for place, score in zip(places, _scores(tensors)):
