@@ -3,7 +3,7 @@
 import pytest
 from scenes import FORGET, RETAIN
 
-from soul_recipes.step_benchmark import ADAMW, BATCH, OPTIMIZERS, Scene, curvature_table, step_table
+from soul_recipes.step_benchmark import ADAMW, BATCH, OPTIMIZERS, Scene, checks_table, curvature_table, step_table
 
 
 # The table prints hundredths, and ratios are of seconds before they were rounded.
@@ -39,3 +39,11 @@ def test_tables_have_a_row_for_each_cost(scene):
         lowest = (curvature[0] - HALF_A_DIGIT) / (seconds + HALF_A_DIGIT)
         highest = (curvature[0] + HALF_A_DIGIT) / max(seconds - HALF_A_DIGIT, TICK)
         assert lowest - HALF_A_DIGIT <= ratio <= highest + HALF_A_DIGIT
+
+
+def test_checks_are_timed_where_they_are_made(scene):
+    """Catches a check that moves to another name and counts as nothing, and one that is made twice."""
+    rows = [line.strip("| ").split(" | ") for line in checks_table(scene, num_steps=2, num_turns=1).splitlines()[2:]]
+    # The loss and the gradients, of a step or of each of its two directions.
+    assert [row[1] for row in rows] == ["2", "4", "4"]
+    assert all(0 < float(row[2]) and 0 < float(row[3].rstrip("%")) < 100 for row in rows)
