@@ -49,7 +49,27 @@ def die_at(name: str, call: int) -> None:
     setattr(resumable, name, cut)
 
 
-def forked(arguments: list[str], death: tuple[str, int] | None = None, limit: int | None = None, **variables) -> int:
+def count_bases(fails: bool) -> list[None]:
+    """Something for each factor that this process decomposes from now on; or the last of them fails."""
+    whole, found = measure.eigenbasis, []
+
+    def counted(*args):
+        found.append(None)
+        if fails:
+            raise FloatingPointError("A factor is not finite.")
+        return whole(*args)
+
+    measure.eigenbasis = counted
+    return found
+
+
+def forked(
+    arguments: list[str],
+    death: tuple[str, int] | None = None,
+    limit: int | None = None,
+    fails: bool = False,
+    **variables,
+) -> int:
     """Begins a life in a process of its own; its id."""
     child = os.fork()
     if child == 0:
@@ -58,7 +78,10 @@ def forked(arguments: list[str], death: tuple[str, int] | None = None, limit: in
             die_at(*death)
         if limit is not None:
             measure.KEPT_BYTES = limit
+        bases = count_bases(fails)
         status = main(arguments)
+        if "RANK" in variables:
+            print(f"process {variables['RANK']} decomposed {len(bases)}", flush=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -92,19 +115,30 @@ def measure_through_deaths(folder: Path) -> None:
 
 
 def measure_together(folder: Path) -> None:
-    """One process begins, and two end it."""
+    """One process begins, and two end it. Of two others, one cannot decompose its factor."""
     for name, limits in TOGETHER.items():
         output = folder / f"{name}.safetensors"
         arguments = command(folder, output, *TOGETHER_FLAGS, dataset="more.jsonl")
         assert lives(arguments, ("estimate_hessian", 3)) == signal.SIGKILL
         print(f"alone until {place_of(output)}", flush=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        children = [forked(arguments, limit=limit, **launch, **own) for limit, own in zip(limits, ranks)]
-        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        assert both(arguments, limits) == [0, 0]
+    arguments = command(folder, folder / "fails.safetensors", *TOGETHER_FLAGS, dataset="more.jsonl")
+    assert both(arguments, TOGETHER["two"], fails=True) == [1 << 8, 1 << 8]
+    (folder / "fails.safetensors.progress.safetensors").unlink()
+
+
+def both(arguments: list[str], limits: tuple[int, int], fails: bool = False) -> list[int]:
+    """Two lives together, of which the second one may fail: how they ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    children = [
+        forked(arguments, limit=limit, fails=fails and own["RANK"] == "1", **launch, **own)
+        for limit, own in zip(limits, ranks)
+    ]
+    return [os.waitpid(child, 0)[1] for child in children]
 
 
 if __name__ == "__main__":

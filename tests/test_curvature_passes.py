@@ -300,3 +300,17 @@ def test_two_processes_measure_what_one_does(lived):
         found = load_curvature(folder / f"{name}.safetensors")
         assert_alike(found, wanted)
         assert found.metadata == wanted.metadata
+
+
+@pytest.mark.xdist_group("curvature_worker")
+def test_two_processes_share_the_decompositions(lived, tmp_path, monkeypatch):
+    """Catches processes that all decompose all factors, and one that waits for a basis which another cannot make."""
+    folder, printed, errors = lived
+    whole, alone = measure.eigenbasis, []
+    monkeypatch.setattr(measure, "eigenbasis", lambda *args: alone.append(None) or whole(*args))
+    measured(folder, tmp_path / "one.safetensors", *TOGETHER_FLAGS, dataset="more.jsonl")
+    lines = [line.split() for line in printed.splitlines() if line.startswith("process ")]
+    counts = [[int(line[-1]) for line in lines if line[1] == rank] for rank in "01"]
+    for one, other in list(zip(*counts))[: len(TOGETHER)]:
+        assert one + other == len(alone) and abs(one - other) <= 2
+    assert errors.count("A factor is not finite. It is that of the") == 2

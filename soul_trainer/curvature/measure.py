@@ -6,7 +6,7 @@ A pass over rows is a forward and a backward of the model. What the first one of
 for the second, which then needs no model: [`can_keep`] says of which labels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +16,10 @@ from ..engines import Engine
 from .kronecker import KroneckerCurvature, eigenbasis, truncation_error
 from .layers import Factors, Layer, LayerStatistics, Moments
 from .positions import KEPT_BYTES, KeptPositions
+
+
+# A matrix and the factor of its inputs or of its outputs.
+Side = tuple[str, str]
 
 
 def can_keep(estimator: str) -> bool:
@@ -122,26 +126,62 @@ class MatrixPasses:
             for name, moments in sums.items():
                 self.matrices[name] = KroneckerCurvature.from_moments(moments, self.statistics.num_tokens)
         elif self.groups:
-            last = None
-            for name in list(sums):
-                factors = sums.pop(name)  # whose memory is free when the next layer's bases are there
-                next_sums[name] = self._moments(name, factors, last)
-                last = factors, next_sums[name]
+            next_sums = self._moments(sums)
         self.number += 1
         self.statistics = LayerStatistics(self.group, next_sums or self._factors())
 
     def _factors(self) -> dict[str, Factors]:
         return {name: Factors(layer, self.device) for name, layer in self.group.items()}
 
-    def _moments(self, name: str, factors: Factors, last: tuple[Factors, Moments] | None) -> Moments:
-        if last is not None and factors.has_inputs_of(last[0]):
-            input_vectors = last[1].input_vectors
-        else:
-            input_vectors = eigenbasis(factors.inputs, factors.count, self.rank)
-        bases = input_vectors, eigenbasis(factors.outputs, factors.count, self.rank)
-        is_cut = any(vectors.shape[0] > vectors.shape[1] for vectors in bases)
-        self.errors[name] = truncation_error(factors.inputs, factors.outputs, *bases) if is_cut else 0.0
-        return Moments(self.group[name], *bases)
+    def _moments(self, sums: dict[str, Factors]) -> dict[str, Moments]:
+        """The next pass's sums in the factors' bases. A factor goes as soon as no basis needs it."""
+        moments, errors = {}, {}
+        for name, bases in self._bases(sums):
+            factors = sums.pop(name)
+            moments[name] = Moments(self.group[name], *bases)
+            is_cut = any(vectors.shape[0] > vectors.shape[1] for vectors in bases)
+            # The same everywhere but for the rounding of different machines.
+            errors[name] = truncation_error(factors.inputs, factors.outputs, *bases) if is_cut else 0.0
+        self.errors |= errors
+        return {name: moments[name] for name in self.group}
+
+    def _bases(self, sums: dict[str, Factors]) -> Iterator[tuple[str, list[Tensor]]]:
+        """
+        Matrices and the bases of their factors, which are the same on every process: of factors of about one size,
+        each process decomposes one.
+        """
+        sides: dict[str, list[Side]] = {}  # whose factors a matrix has: those of layers that read one tensor are alike
+        last = None
+        for name, factors in sums.items():
+            is_alike = last is not None and factors.has_inputs_of(sums[last])
+            sides[name] = [sides[last][0] if is_alike else (name, "inputs"), (name, "outputs")]
+            last = name
+        todo, bases = list(dict.fromkeys(side for pair in sides.values() for side in pair)), {}
+        if self.engine.num_processes > 1:
+            todo.sort(key=lambda side: len(getattr(sums[side[0]], side[1])), reverse=True)
+        for start in range(0, len(todo), self.engine.num_processes):
+            bases |= self._decomposed(todo[start : start + self.engine.num_processes], sums)
+            for name in [name for name, pair in sides.items() if all(side in bases for side in pair)]:
+                yield name, [bases[side] for side in sides.pop(name)]
+
+    def _decomposed(self, sides: list[Side], sums: dict[str, Factors]) -> dict[Side, Tensor]:
+        """The basis of each of at most as many factors as there are processes."""
+        own, failures = None, []
+        if self.engine.process_index < len(sides):
+            name, side = sides[self.engine.process_index]
+            try:
+                own = eigenbasis(getattr(sums[name], side), sums[name].count, self.rank)
+            except FloatingPointError as error:  # while the others wait for the basis
+                failures.append(f"{error} It is that of the {side} of {name}.")
+        if failures := self.engine.gather(failures):
+            raise FloatingPointError(failures[0])
+        found = {}
+        for place, (name, side) in enumerate(sides):
+            factor = getattr(sums[name], side)
+            shape = len(factor), min(len(factor), self.rank or len(factor))
+            vectors = own if place == self.engine.process_index else factor.new_zeros(shape)
+            found[name, side] = self.engine.sum(vectors)  # of one basis and zeros, which changes no bit
+        return found
 
     def state_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The sums of the pass at hand over all processes, which all must call it, and their bases."""
