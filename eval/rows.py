@@ -14,7 +14,6 @@ from pathlib import Path
 
 FORMAT = "soul_eval.rows/2"
 OWNER_ONLY = 0o600
-NUMBERS = ("answer_nll", "paraphrased_nll", "rougeL_recall", "rouge1_recall")
 _LIBRARIES = ("soul-trainer", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "rouge_score")
 
 
@@ -71,7 +70,8 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
         place in its split.
 
     Raises:
-        ValueError: If a line is not a row, or two rows of a split have the same `index`; the line is named.
+        ValueError: If a line is not a row, a field is of another type or out of its range, or two rows of a split have
+            the same `index`; line and field are named.
     """
     header, rows, counts, lines_of = {}, [], {}, {}
     with open(path, encoding="utf-8") as file:
@@ -83,7 +83,7 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
                 if number > 1:
                     raise ValueError(f"{path}, line {number}: a row needs a `split`, but it has {sorted(row)}.")
                 header = row
-                _check_format(header, f"{path}, line {number}")
+                _check_header(header, f"{path}, line {number}: ")
                 continue
             split = row["split"]
             row.setdefault("index", counts.get(split, 0))
@@ -100,18 +100,20 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
 
 def check_rows(rows: Iterable[dict], where: str = "") -> None:
     """
-    Raises a `ValueError` that names the row, after `where`, if one of its numbers is none or not finite.
+    Checks rows against their [schema](row_schema.py).
+
+    Args:
+        rows (`Iterable[dict]`): The rows.
+        where (`str`, *optional*): What an error begins with, before it names row and field.
+
+    Raises:
+        ValueError: If a field is of another type or out of its range.
     """
+    # Imported here, because a command line's help needs no schema.
+    from .row_schema import Row, check
+
     for row in rows:
-        for key, value in row.items():
-            if key in NUMBERS and value is not None or isinstance(value, float):
-                _check_number(value, f"{where}`{key}` of {_name(row)}")
-            elif key == "perturbed_nll" and value is not None and (not isinstance(value, list) or not value):
-                raise ValueError(f"{where}`perturbed_nll` of {_name(row)} must be a list, but it is {value!r}.")
-            elif isinstance(value, list):
-                for each in value:
-                    if key == "perturbed_nll" or isinstance(each, float):
-                        _check_number(each, f"{where}`{key}` of {_name(row)}")
+        check(Row, row, where)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER_ONLY) -> None:
@@ -134,15 +136,18 @@ def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER
     os.replace(temporary, path)
 
 
-def _check_format(header: dict, where: str) -> None:
+def _check_header(header: dict, where: str) -> None:
+    from .row_schema import Header, check
+
+    check(Header, header, where)
     found = header.get("format", FORMAT)
     name, _, number = str(found).partition("/")
     own_name, _, own_number = FORMAT.partition("/")
     if name != own_name or not number.isdigit():
-        raise ValueError(f"{where}: `format` is {found!r}, and rows of an evaluation have {FORMAT!r}.")
+        raise ValueError(f"{where}`format` is {found!r}, and rows of an evaluation have {FORMAT!r}.")
     if int(number) > int(own_number):
         raise ValueError(
-            f"{where}: `format` is {found!r}, of a later version than this one ({FORMAT!r}): update soul-trainer."
+            f"{where}`format` is {found!r}, of a later version than this one ({FORMAT!r}): update soul-trainer."
         )
 
 
@@ -158,14 +163,6 @@ def _parse(line: str, where: str) -> dict:
 
 def _name(row: dict) -> str:
     return f"row {row.get('index')} of `{row.get('split')}`"
-
-
-def _check_number(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise ValueError(
-            f"{what} must be a finite number, but it is {value!r}. Has the model diverged? Then unlearn with a lower "
-            "learning rate or forget weight."
-        )
 
 
 def _commit() -> str:

@@ -34,8 +34,8 @@ def random_rows(seed, num_rows=60, scale=1.0, spread=1.0):
                 "split": split,
                 "index": index,
                 "answer_nll": base,
-                "paraphrased_nll": base + float(rng.normal(0.3, spread)) if num_perturbed == 5 else base,
-                "perturbed_nll": (base + rng.normal(0.8, spread, num_perturbed)).tolist(),
+                "paraphrased_nll": abs(base + float(rng.normal(0.3, spread))) if num_perturbed == 5 else base,
+                "perturbed_nll": np.abs(base + rng.normal(0.8, spread, num_perturbed)).tolist(),
                 "rougeL_recall": float(rng.uniform(0.05, 1)),
             }
             rows.append(row)

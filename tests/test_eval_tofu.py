@@ -182,7 +182,7 @@ def test_figures_without_their_rows_are_left_out():
         ('{"index": 1}', "line 3: a row needs a `split`"),
         ('{"split": "forget", "index": 0}', "line 3: row 0 of `forget` is in line 2 already"),
         ('{"split": "forget", "index": 9, "answer_nll": NaN}', "line 3: `answer_nll` of row 9 of `forget` must be"),
-        ('{"split": "forget", "index": 9, "perturbed_nll": [1, "2"]}', "line 3: `perturbed_nll` of row 9"),
+        ('{"split": "forget", "index": 9, "perturbed_nll": [1, "2"]}', r"line 3: `perturbed_nll\[1\]` of row 9"),
         ('{"split": "forget", "index": 9, "perturbed_nll": []}', "line 3: `perturbed_nll` of row 9"),
     ],
 )
