@@ -9,7 +9,7 @@ import json
 import logging
 from pathlib import Path
 
-from .row_schema import Findings, check
+from .row_schema import Findings, check_fields
 from .rows import OWNER_ONLY, write_whole
 
 
@@ -73,7 +73,7 @@ class Journal:
             is_known = isinstance(split, str) and isinstance(index, int) and isinstance(part, str)
             if not is_known or not isinstance(fields, dict):
                 raise ValueError(f"it is {line[:60]!r}")
-            check(Findings, fields)
+            check_fields(Findings, fields)
         except (ValueError, TypeError) as error:
             logger.warning(f"{where} is skipped, because it is no finding ({error}): what it was of is asked again.")
             return

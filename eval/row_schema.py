@@ -1,6 +1,7 @@
 """
-What `rows.jsonl`, its header and the findings of a journal may hold: types, ranges, and what is said of a violation.
-Such files also come from elsewhere. Fields that are not named here may hold anything, but their numbers are finite.
+What `rows.jsonl`, `attacks.json` and the findings of a journal may hold: types, ranges, and what is said of
+a violation. Such files also come from elsewhere. Fields that are not named here may hold anything, but their numbers
+are finite.
 """
 
 import math
@@ -102,6 +103,22 @@ class FigureEntry(_Strict):
     high: float | None = None
 
 
+class RecoveryEntry(_Strict):
+    """What an attack brought back, as [`~attacks.recovered.Recovery.to_json`] gives it."""
+
+    attacked: FigureEntry
+    unlearned: FigureEntry
+    target: FigureEntry
+    share: FigureEntry | None = None
+    reason: str | None = None
+
+
+class AttacksFile(_Strict):
+    """`attacks.json`: recoveries by attack, model and figure."""
+
+    attacks: dict[str, dict[str, dict[str, RecoveryEntry]]]
+
+
 class Header(_Strict):
     """The first line of `rows.jsonl`; [`~rows.make_header`] makes it."""
 
@@ -121,13 +138,13 @@ class Header(_Strict):
     general: dict[str, FigureEntry] | None = None
 
 
-def check(model: type[BaseModel], fields: dict, where: str = "") -> None:
+def check_fields(model: type[BaseModel], fields: Any, where: str = "") -> None:
     """
     Checks what was read.
 
     Args:
         model (`type[BaseModel]`): Of this file: [`Row`], [`Header`], [`Findings`], ...
-        fields (`dict`): From JSON.
+        fields (`Any`): From JSON.
         where (`str`, *optional*): What the message begins with, such as file and line and a colon.
 
     Raises:
@@ -140,10 +157,13 @@ def check(model: type[BaseModel], fields: dict, where: str = "") -> None:
         raise ValueError(f"{where}{_problem(fields, error)}") from None
 
 
-def _problem(fields: dict, error: ValidationError) -> str:
+def _problem(fields: Any, error: ValidationError) -> str:
     """The first field that is wrong, as the start of a sentence on it."""
     first = error.errors(include_url=False, include_context=False)[0]
-    of = f" of row {fields.get('index')} of `{fields['split']}`" if isinstance(fields.get("split"), str) else ""
+    split = fields.get("split") if isinstance(fields, dict) else None
+    of = f" of row {fields.get('index')} of `{split}`" if isinstance(split, str) else ""
+    if not isinstance(fields, dict):
+        return f"an object is wanted, but it is {repr(fields)[:LARGEST_SHOWN]}."
     if not first["loc"]:
         return f"`{first['msg'].removeprefix('Value error, ')}`{of} must hold finite numbers."
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")

@@ -85,13 +85,13 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
                 header = row
                 _check_header(header, f"{path}, line {number}: ")
                 continue
+            check_rows([row], f"{path}, line {number}: ")
             split = row["split"]
             row.setdefault("index", counts.get(split, 0))
             counts[split] = counts.get(split, 0) + 1
             first = lines_of.setdefault((split, row["index"]), number)
             if first != number:
                 raise ValueError(f"{path}, line {number}: {_name(row)} is in line {first} already.")
-            check_rows([row], f"{path}, line {number}: ")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
@@ -110,10 +110,10 @@ def check_rows(rows: Iterable[dict], where: str = "") -> None:
         ValueError: If a field is of another type or out of its range.
     """
     # Imported here, because a command line's help needs no schema.
-    from .row_schema import Row, check
+    from .row_schema import Row, check_fields
 
     for row in rows:
-        check(Row, row, where)
+        check_fields(Row, row, where)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER_ONLY) -> None:
@@ -137,9 +137,9 @@ def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER
 
 
 def _check_header(header: dict, where: str) -> None:
-    from .row_schema import Header, check
+    from .row_schema import Header, check_fields
 
-    check(Header, header, where)
+    check_fields(Header, header, where)
     found = header.get("format", FORMAT)
     name, _, number = str(found).partition("/")
     own_name, _, own_number = FORMAT.partition("/")

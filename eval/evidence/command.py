@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from ..console import Parser
+from ..row_schema import AttacksFile, check_fields
 from ..rows import read_rows
 from .envelope import load_signing_key, new_key
 from .record import complete_record, read_record
@@ -96,13 +97,14 @@ def read_attacks(path: str, record: str) -> dict:
         ValueError: If it is no such file, or of another model.
     """
     try:
-        attacks = dict(json.loads(Path(path).read_text(encoding="utf-8"))["attacks"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"`attacks`={path!r} is no attacks.json: {type(error).__name__}: {error}.") from None
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_fields(AttacksFile, found)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`attacks`={path!r} is no attacks.json: {error}") from None
     rows, known = Path(path).parent / "plain" / "rows.jsonl", read_record(record)
     # An adapter is merged before it is attacked, and has other weights then.
     if rows.exists() and "adapter_config.json" not in known.files():
         attacked = read_rows(rows)[0].get("weights")
         if None not in (attacked, known.weights()) and attacked != known.weights():
             raise ValueError(f"`attacks`={path!r} is of another model than {record}: their weights differ.")
-    return attacks
+    return found["attacks"]
