@@ -20,6 +20,7 @@ FLOORS = (
         "halves",
         "chunks",
         "inputs",
+        "chat_templates",
         "formats",
         "tokenized",
         "objectives",
@@ -54,7 +55,18 @@ INTERNALS = {"soul_trainer/registration.py", *(str(p.relative_to(ROOT)) for p in
 
 # What makes figures and reports of rows, wherever they are.
 OF_ROWS_ALONE = ("rows", "journal", "statistics", "paired", "report", "runs", "columns", "registry", "known_figures")
-OF_ROWS_ALONE += ("sentences", "examples", "drawings", "page", "verdict", "verdict_figures", "verdict_rules")
+OF_ROWS_ALONE += (
+    "sentences",
+    "examples",
+    "drawings",
+    "page",
+    "templates",
+    "markdown",
+    "row_schema",
+    "verdict",
+    "verdict_figures",
+    "verdict_rules",
+)
 
 
 def sources(*folders):

@@ -13,8 +13,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from soul_trainer.batch import IGNORE_INDEX
+from soul_trainer.chat_templates import special_tokens
 from soul_trainer.engines import Engine
-from soul_trainer.formats import Example, encode, encode_all, special_tokens
+from soul_trainer.formats import Example, encode, encode_all
 from soul_trainer.log_probs import shift_labels, token_scores, token_statistics
 from soul_trainer.reference import eval_mode
 

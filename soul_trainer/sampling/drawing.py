@@ -28,8 +28,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..chat_templates import end_of_turn
 from ..engines import Engine
-from ..formats import end_of_turn, longest_row
+from ..formats import longest_row
 from ..reference import eval_mode
 from ..settings import Count, CountFromZero, Positive, Share, check_ranges
 

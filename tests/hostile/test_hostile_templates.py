@@ -14,9 +14,10 @@ from test_eval_scoring import byte_tokenizer
 from transformers import AddedToken
 
 from soul_eval.suites import own
-from soul_trainer import UnlearnTrainer, formats
+from soul_trainer import UnlearnTrainer, chat_templates
 from soul_trainer.batch import IGNORE_INDEX
-from soul_trainer.formats import Example, encode, end_of_turn, prepare, render
+from soul_trainer.chat_templates import Example, end_of_turn
+from soul_trainer.formats import encode, prepare, render
 
 
 CHATML_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -238,7 +239,7 @@ def test_answers_in_the_history_are_no_answer(name):
 def test_a_generation_prompt_that_goes_on_is_said(name, caplog):
     """Would catch rows that are asked in another way than a chat asks, in silence."""
     tokenizer = tokenizer_of(name)
-    formats.logger.warning_once.cache_clear()
+    chat_templates.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         render({"messages": TURNS}, tokenizer)
     assert "generation prompt goes on with '<think>" in caplog.text
