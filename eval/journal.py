@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from .rows import OWNER_ONLY, write_whole
+from .schema import check
 
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,13 @@ class Journal:
     def _take(self, line: str, where: str) -> None:
         """Takes up a line. What it says of a row that cannot be read is asked again."""
         try:
-            (split, index, part), fields = json.loads(line)
-            is_known = isinstance(split, str) and isinstance(index, int) and isinstance(part, str)
-            if not is_known or not isinstance(fields, dict):
-                raise ValueError(f"it is {line[:60]!r}")
-        except (ValueError, TypeError) as error:
-            logger.warning(f"{where} is skipped, because it is no finding ({error}): what it was of is asked again.")
+            found = json.loads(line)
+            check(found, "finding")
+        except (ValueError, RecursionError) as error:
+            reason = str(error).rstrip(".")
+            logger.warning(f"{where} is skipped, because it is no finding ({reason}): what it was of is asked again.")
             return
+        (split, index, part), fields = found
         self.done[split, index, part] = fields
 
     def add(self, key: Key, fields: dict) -> None:

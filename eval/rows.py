@@ -11,10 +11,12 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .schema import check
+
 
 FORMAT = "soul_eval.rows/2"
 OWNER_ONLY = 0o600
-NUMBERS = ("answer_nll", "paraphrased_nll", "rougeL_recall", "rouge1_recall")
+DIVERGED = "Has the model diverged? Then unlearn with a lower learning rate or forget weight."
 _LIBRARIES = ("soul-trainer", "torch", "transformers", "peft", "datasets", "numpy", "scipy", "rouge_score")
 
 
@@ -74,7 +76,7 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
         ValueError: If a line is not a row, or two rows of a split have the same `index`; the line is named.
     """
     header, rows, counts, lines_of = {}, [], {}, {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -84,14 +86,15 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
                     raise ValueError(f"{path}, line {number}: a row needs a `split`, but it has {sorted(row)}.")
                 header = row
                 _check_format(header, f"{path}, line {number}")
+                check(header, "header", f"{path}, line {number}: ", " of the header")
                 continue
+            check_rows([row], f"{path}, line {number}: ")
             split = row["split"]
             row.setdefault("index", counts.get(split, 0))
             counts[split] = counts.get(split, 0) + 1
             first = lines_of.setdefault((split, row["index"]), number)
             if first != number:
                 raise ValueError(f"{path}, line {number}: {_name(row)} is in line {first} already.")
-            check_rows([row], f"{path}, line {number}: ")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no rows.")
@@ -100,18 +103,11 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
 
 def check_rows(rows: Iterable[dict], where: str = "") -> None:
     """
-    Raises a `ValueError` that names the row, after `where`, if one of its numbers is none or not finite.
+    Raises a `ValueError` that names the row and the field, after `where`, if a field has another type than the schema
+    says, or is out of its range.
     """
     for row in rows:
-        for key, value in row.items():
-            if key in NUMBERS and value is not None or isinstance(value, float):
-                _check_number(value, f"{where}`{key}` of {_name(row)}")
-            elif key == "perturbed_nll" and value is not None and (not isinstance(value, list) or not value):
-                raise ValueError(f"{where}`perturbed_nll` of {_name(row)} must be a list, but it is {value!r}.")
-            elif isinstance(value, list):
-                for each in value:
-                    if key == "perturbed_nll" or isinstance(each, float):
-                        _check_number(each, f"{where}`{key}` of {_name(row)}")
+        check(row, "row", where, f" of {_name(row)}", DIVERGED)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER_ONLY) -> None:
@@ -146,26 +142,19 @@ def _check_format(header: dict, where: str) -> None:
         )
 
 
-def _parse(line: str, where: str) -> dict:
+def _parse(line: bytes, where: str) -> dict:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        text = line.decode("utf-8")
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}).") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be an object, but it is {line.strip()[:60]!r}.")
+        raise ValueError(f"{where}: a row must be an object, but it is {text.strip()[:60]!r}.")
     return row
 
 
 def _name(row: dict) -> str:
     return f"row {row.get('index')} of `{row.get('split')}`"
-
-
-def _check_number(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise ValueError(
-            f"{what} must be a finite number, but it is {value!r}. Has the model diverged? Then unlearn with a lower "
-            "learning rate or forget weight."
-        )
 
 
 def _commit() -> str:

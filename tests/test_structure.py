@@ -13,7 +13,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "soul_recipes":
 # A file imports from the floors below it and from its own.
 FLOORS = (
     ("batch", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
-    ("command_line", "machine", "scratch", "leftovers", "sources"),
+    ("command_line", "machine", "markdown", "scratch", "leftovers", "sources"),
     (
         "log_probs",
         "divergences",
@@ -54,7 +54,19 @@ INTERNALS = {"soul_trainer/registration.py", *(str(p.relative_to(ROOT)) for p in
 
 # What makes figures and reports of rows, wherever they are.
 OF_ROWS_ALONE = ("rows", "journal", "statistics", "paired", "report", "runs", "columns", "registry", "known_figures")
-OF_ROWS_ALONE += ("sentences", "examples", "drawings", "page", "verdict", "verdict_figures", "verdict_rules")
+OF_ROWS_ALONE += (
+    "sentences",
+    "examples",
+    "drawings",
+    "page",
+    "templating",
+    "markdown",
+    "schema",
+    "file_models",
+    "verdict",
+    "verdict_figures",
+    "verdict_rules",
+)
 
 
 def sources(*folders):
