@@ -40,9 +40,11 @@ def check(value: Any, kind: str, where: str = "", of: str = "", advice: str = ""
 
 def _sentence(error: "ValidationError", value: Any, of: str, advice: str) -> str:
     errors = error.errors(include_url=False)
-    found = next((each for each in errors if each["type"] in _OF_NUMBERS), errors[0])
+    # Of what the choices of a union say, the one that goes furthest into the value.
+    found = max(errors, key=lambda each: (each["type"] == "finite_number", len(_path(each["loc"], value)[0])))
     names, entry = _path(found["loc"], value)
     if found["type"] == "missing":
+        names += [] if entry is None else [str(entry)]
         return f"`{'.'.join([*names, str(found['loc'][-1])])}`{of} is missing."
     given = repr(found["input"])
     given = given if len(given) <= 80 else f"{given[:79]}…"
@@ -64,6 +66,6 @@ def _path(places: tuple, value: Any) -> tuple[list[str], int | None]:
         if is_there:
             entry, value = place, value[place]
         elif isinstance(value, dict) and place in value:
-            names.append(str(place))
-            value = value[place]
+            names += [str(place)] if entry is None else [str(entry), str(place)]
+            entry, value = None, value[place]
     return names, entry
