@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from html import escape
 from importlib.resources import files
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from .chat import Answer, Side, answers
 from .chat_setup import CONVERSATION, GOLD, KINDS, QUESTION, TARGET, TEXT, UNLEARNED, OfferedRow
 from .extras import require
 from .runs import ROLE_COLOURS, RUN_COLOURS
+from .templating import render
 
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def make_page(
     gr = import_gradio()
     first = offered[0] if offered else OfferedRow("", 0, QUESTION, "", "")
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_introduction(), apply_default_css=False)
+        gr.HTML(render("chat_introduction.html", title=TITLE), apply_default_css=False)
         if offered:
             labels = [(_label(row), place) for place, row in enumerate(offered)]
             row = gr.Dropdown(labels, value=0, label="Row of the request", elem_id="row", num_choices_shown=None)
@@ -81,7 +81,7 @@ def make_page(
             seed = gr.Number(0, label="Seed of the sampled answer", precision=0, elem_id="seed")
         button = gr.Button("Ask", variant="primary", elem_id="ask")
         results = gr.HTML(_cards(sides, []), elem_id="results", apply_default_css=False)
-        gr.HTML(_warning(), apply_default_css=False)
+        gr.HTML(render("chat_warning.html"), apply_default_css=False)
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         if offered:
 
@@ -225,56 +225,17 @@ def _results(sides: Sequence[Side], prompt: str, answer: str, kind: str, *settin
 
 
 def _cards(sides: Sequence[Side], found: list[Answer], is_waiting: bool = False, problem: str = "") -> str:
-    parts, number = [], 0
+    cards, number = [], 0
     for place, side in enumerate(sides):
         colour = ROLE_COLOURS.get(side.role, RUN_COLOURS[number % len(RUN_COLOURS)])
         number += side.role == UNLEARNED
-        name = f"<small>{escape(side.name)}</small>" if side.name != side.role else ""
-        head = f"<h3>{ROLE_WORDS[side.role]}{name}</h3>"
+        name = side.name if side.name != side.role else ""
+        said = found[place] if place < len(found) else None
         is_asked = is_waiting and place == len(found)
-        said = _answer(found[place]) if place < len(found) else _no_answer(is_asked)
-        kind = "side asked" if is_asked else "side"
-        parts.append(f'<article class="{kind}" style="--colour: {colour}">{head}{said}</article>')
-    text = problem[:1].upper() + problem[1:]
-    alert = f'<p class="problem" role="alert">{escape(text)}</p>' if problem else ""
-    return f'<div class="sides" aria-live="polite" aria-busy="{str(is_waiting).lower()}">{"".join(parts)}</div>{alert}'
-
-
-def _answer(said: Answer) -> str:
-    if said.probability is None:
-        figure = '<p class="figure none">no true answer given</p>'
-    else:
-        cut = "<small>of what fits into the model</small>" if said.is_cut else ""
-        figure = (
-            f'<p class="figure"><data value="{said.probability!r}">{said.probability:.3g}</data>'
-            f"<small>{said.loss:.2f} nats a token</small>{cut}"
-            f'<span class="bar"><span style="width: {100 * said.probability:.2f}%"></span></span></p>'
-        )
-    texts = "".join(
-        f'<h4>{escape(label)}</h4><p class="said" dir="auto">{escape(text) or "<i>(nothing)</i>"}</p>'
-        for label, text in (("Greedy", said.greedy), ("Sampled", said.sampled))
-    )
-    return f"<h4>Probability of the true answer</h4>{figure}{texts}"
-
-
-def _no_answer(is_asked: bool) -> str:
-    labels = ("Probability of the true answer", "Greedy", "Sampled")
-    return "".join(f'<h4>{label}</h4><p class="none">{"asking" if is_asked else "–"}</p>' for label in labels)
-
-
-def _introduction() -> str:
-    return (
-        f"<header><h1>{TITLE}</h1><p>All models answer the same prompt. The probability is that of the true answer: "
-        "the geometric mean over its tokens, the end of sequence included, as in the evaluation.</p></header>"
-    )
-
-
-def _warning() -> str:
-    return (
-        '<p class="aside">One greedy answer proves nothing. A model that no longer says something may still find it '
-        "likely, say it when it samples or is asked in other words, or say it again after a few steps of training. "
-        "The evaluation and the attacks measure that over many rows. What you type here is not written to disk.</p>"
-    )
+        card = {"role": ROLE_WORDS[side.role], "name": name, "colour": colour, "said": said, "is_asked": is_asked}
+        cards.append(card)
+    problem = problem[:1].upper() + problem[1:]
+    return render("chat_cards.html", cards=cards, is_waiting=is_waiting, problem=problem)
 
 
 def _label(row: OfferedRow) -> str:

@@ -17,6 +17,7 @@ from soul_trainer import UnlearnConfig
 from . import report
 from .comparison import Comparison, same_rows
 from .experiment import Experiment, UnlearningTask, fingerprint
+from .markdown import markdown_text
 from .report import Run
 from .rows import write_whole
 from .statistics import values
@@ -168,7 +169,8 @@ def _write(
     if not PartialState().is_main_process:
         return
     runs = [run for stage in stages for run in stage.by_request.values()]
-    text = f"# {task.title}: each request by itself\n\n{note}\n\n{report.markdown_table(runs)}\n"
+    title = f"# {markdown_text(task.title)}: each request by itself"
+    text = "\n\n".join([title, markdown_text(note), report.markdown_table(runs)]) + "\n"
     write_whole(experiment.folder / "requests.md", text)
     record = json.dumps([stage.to_json() for stage in stages], indent=2, allow_nan=False)
     write_whole(experiment.folder / "requests.json", record + "\n")

@@ -1,9 +1,9 @@
-"""What the models say to the rows of an evaluation, as data for the page's script and as a few rows of plain HTML."""
+"""What the models say to the rows of an evaluation, as data for the page's script and its template."""
 
 import json
-from html import escape
 
 from .runs import Run
+from .templating import visible
 
 
 NUM_EXAMPLES = 10
@@ -44,33 +44,40 @@ def as_script_data(data: object) -> str:
     return text
 
 
-def few_examples(runs: list[Run], splits: list[dict]) -> str:
-    """Rows that are spread over the first split, as HTML."""
-    rows = splits[0]["rows"]
+def few_examples(runs: list[Run], splits: list[dict]) -> list[dict]:
+    """
+    Rows that are spread over the first split, as the page's template shows them.
+
+    Args:
+        runs (`list[Run]`): As in `write_report`.
+        splits (`list[dict]`): From [`example_data`]; may be empty.
+
+    Returns:
+        `list[dict]`: `index`, `question`, `truth` and `answers`, which for each run are its `place`, its name as
+        `run`, `text` and `score` in words, or `None`.
+    """
+    rows = splits[0]["rows"] if splits else []
     count = min(NUM_EXAMPLES, len(rows))
-    blocks = []
-    for row in (rows[place * len(rows) // count] for place in range(count)):
-        answers = []
-        for place, (run, answer) in enumerate(zip(runs, row["answers"])):
-            if answer:
-                text, score = answer
-                shown = "" if score is None else f'<span class="score">{score:.2f}</span>'
-                said = escape(text) or "(nothing)"
-                answers.append(f'<div><h4 class="run run{place}">{escape(run.name)}{shown}</h4><p>{said}</p></div>')
-        truth = f'<p class="truth"><span class="label">true answer</span>{escape(row["truth"])}</p>'
-        heading = escape(row["question"]) or f"Row {row['index']}"
-        blocks.append(
-            f'<article class="example"><h3>{heading}</h3>{truth if row["truth"] else ""}'
-            f'<div class="answers">{"".join(answers)}</div></article>'
-        )
-    return "\n".join(blocks)
+    return [_example(runs, rows[place * len(rows) // count]) for place in range(count)]
+
+
+def _example(runs: list[Run], row: dict) -> dict:
+    answers: list[dict | None] = []
+    for place, (run, answer) in enumerate(zip(runs, row["answers"])):
+        if not answer:
+            answers.append(None)
+            continue
+        text, score = answer
+        shown = "" if score is None else f"{score:.2f}"
+        answers.append({"place": place, "run": run.name, "text": text, "score": shown})
+    return {**row, "answers": answers}
 
 
 def _split_data(name: str, rows: dict[int, list]) -> dict:
     found = [row for row_of_runs in rows.values() for row in row_of_runs if row]
     score = next((key for key in SCORES if any(row.get(key) is not None for row in found)), None)
     return {
-        "name": name.replace("_", " "),
+        "name": visible(name.replace("_", " ")),
         "score": SCORES.get(score),
         "rows": [_row_data(index, rows[index], score) for index in sorted(rows)],
     }
@@ -78,12 +85,12 @@ def _split_data(name: str, rows: dict[int, list]) -> dict:
 
 def _row_data(index: int, row_of_runs: list[dict | None], score: str | None) -> dict:
     known = [row for row in row_of_runs if row]
-    answers = [row and [row["generation"], _rounded(row.get(score))] for row in row_of_runs]
+    answers = [row and [visible(row["generation"]), _rounded(row.get(score))] for row in row_of_runs]
     question, truth = (
         next((row[key] for row in known for key in keys if row.get(key) and isinstance(row[key], str)), "")
         for keys in (("question", "prompt"), ("answer",))
     )
-    return {"index": index, "question": question, "truth": truth, "answers": answers}
+    return {"index": index, "question": visible(question), "truth": visible(truth), "answers": answers}
 
 
 def _rounded(score: float | None) -> float | None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from .extras import require
 from .rows import write_whole
+from .schema import GeneralFile, check_fields
 from .statistics import (
     Figure,
     interval_figure,
@@ -156,6 +157,8 @@ def kept_general_ability(
     asked |= loading.loading_settings()
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not overwrite else {}
     PartialState().wait_for_everyone()  # nobody writes before all have looked
+    if found:
+        check_fields(GeneralFile, found, f"{path}: ")
     if found.get("asked") != json.loads(json.dumps(asked)):
         model = loading.load_model(name, PartialState().device).eval()
         figures = general_ability(model, loading.load_tokenizer(name), tasks, limit, include_path=include_path)

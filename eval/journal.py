@@ -9,8 +9,8 @@ import json
 import logging
 from pathlib import Path
 
-from .row_schema import Findings, check_fields
 from .rows import OWNER_ONLY, write_whole
+from .schema import Findings, check_fields
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Journal:
             if not is_known or not isinstance(fields, dict):
                 raise ValueError(f"it is {line[:60]!r}")
             check_fields(Findings, fields)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             logger.warning(f"{where} is skipped, because it is no finding ({error}): what it was of is asked again.")
             return
         self.done[split, index, part] = fields

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .columns import Column
+from .markdown import markdown_text
 from .registry import column_of
 from .rows import write_whole
 from .runs import Run, shown_columns
 from .sentences import interval_text, sentence, table_note, value_text, with_interval
 from .statistics import Figure
+from .templating import visible
 from .verdict import Verdict, verdict, verdicts, write_verdicts
 
 
@@ -39,7 +41,7 @@ def table(runs: list[Run]) -> str:
         `str`: Without a final line break. `↑` means that higher is better, `↓` lower.
     """
     columns = shown_columns(runs, main_only=True)
-    name_width = min(NAME_WIDTH, max([1, *(len(run.name) for run in runs)]))
+    name_width = min(NAME_WIDTH, max([1, *(len(visible(run.name)) for run in runs)]))
     cells = [_text_cells(column, runs, is_inline=True) for column in columns]
     is_inline = name_width + sum(_width(each) for each in cells) <= TABLE_WIDTH
     if not is_inline:
@@ -59,13 +61,9 @@ def table(runs: list[Run]) -> str:
     said = [f"{_shortened(each.run, LONGEST_NAME)}: {each.kind}. {each.sentence}" for each in verdicts(runs)]
     said = [textwrap.fill(each, TABLE_WIDTH, subsequent_indent="  ") for each in said]
     is_compared = any(run.role != "unlearned" for run in runs)
-    return "\n\n".join(
-        [
-            *(["\n".join(said)] if said and is_compared else []),
-            *(_text_block(block, runs, max(1, room)) for block in blocks),
-            textwrap.fill(note, TABLE_WIDTH),
-        ]
-    )
+    parts = ["\n".join(said)] if said and is_compared else []
+    parts += [_text_block(block, runs, max(1, room)) for block in blocks]
+    return visible("\n\n".join([*parts, textwrap.fill(note, TABLE_WIDTH)]))  # a name may hold what a terminal obeys
 
 
 def _text_cells(column: Column, runs: list[Run], is_inline: bool) -> list[str]:
@@ -89,6 +87,7 @@ def _text_cells(column: Column, runs: list[Run], is_inline: bool) -> list[str]:
 
 
 def _shortened(name: str, width: int) -> str:
+    name = visible(name)
     return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
@@ -140,11 +139,14 @@ def write_report(output_dir: str | os.PathLike, title: str, runs: list[Run], not
     said = {column.key: sentence(column, runs) for column in shown_columns(runs)}
     for drawing in drawings:
         write_whole(output / drawing.file, drawing.png)
-    images = [f"![{_cell(drawing.title)}]({drawing.file})\n\n{drawing.caption}" for drawing in drawings]
+    images = [
+        f"![{markdown_text(drawing.title)}]({drawing.file})\n\n{markdown_text(drawing.caption)}"
+        for drawing in drawings
+    ]
     judged = verdicts(runs)
     write_verdicts(output, judged)
-    parts = [f"# {title}", verdict_table(judged), *notes, markdown_table(runs), table_note(runs), _sentences(said)]
-    parts += [*images, _readings(runs)]
+    parts = [f"# {markdown_text(title)}", verdict_table(judged), *map(markdown_text, notes), markdown_table(runs)]
+    parts += [markdown_text(table_note(runs)), _sentences(said), *images, _readings(runs)]
     write_whole(output / "report.md", "\n\n".join(part for part in parts if part) + "\n")
     write_whole(output / "report.html", html_page(title, notes, runs, drawings, best_values(runs), said, judged))
     return output / "report.html"
@@ -153,7 +155,7 @@ def write_report(output_dir: str | os.PathLike, title: str, runs: list[Run], not
 def markdown_table(runs: list[Run]) -> str:
     """The figures, one a row, with their intervals; the best value of the unlearned models is bold."""
     best = best_values(runs)
-    lines = [["", *(_cell(run.name) for run in runs)], ["---", *("---:" for _ in runs)]]
+    lines = [["", *(markdown_text(run.name) for run in runs)], ["---", *("---:" for _ in runs)]]
     for column in shown_columns(runs):
         cells = []
         for run in runs:
@@ -161,7 +163,7 @@ def markdown_table(runs: list[Run]) -> str:
             text = value_text(column, figure)
             text = f"**{text}**" if run.name in best[column.key] else text
             cells.append(" ".join(filter(None, (text, interval_text(column, figure)))))
-        lines.append([_cell(column.title), *cells])
+        lines.append([markdown_text(column.title), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -169,10 +171,10 @@ def verdict_table(judged: list[Verdict]) -> str:
     """The verdicts in Markdown: one with its reasons, or a table of several; empty if there is none."""
     if len(judged) == 1:
         (only,) = judged
-        reasons = "\n".join(f"> - {_cell(reason)}" for reason in only.reasons)
-        return f"> **{only.title}.** {_cell(only.sentence)}\n>\n{reasons}"
+        reasons = "\n".join(f"> - {markdown_text(reason)}" for reason in only.reasons)
+        return f"> **{only.title}.** {markdown_text(only.sentence)}\n>\n{reasons}"
     lines = [["", "verdict", ""], ["---"] * 3]
-    lines += [[_cell(each.run), f"**{each.title}**", _cell(each.sentence)] for each in judged]
+    lines += [[markdown_text(each.run), f"**{each.title}**", markdown_text(each.sentence)] for each in judged]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if judged else ""
 
 
@@ -216,13 +218,14 @@ def model_card_section(run: Run, target: Run | None = None, gold: Run | None = N
     lines = [["figure", *(name for name, _ in models), "how to read it"], ["---", *("---:" for _ in models), "---"]]
     for column in shown_columns([run], main_only=True):
         values = [with_interval(column, each.figure(column.key)) for _, each in models]
-        lines.append([_cell(column.title), *values, _cell(column.reading)])
+        lines.append([markdown_text(column.title), *values, markdown_text(column.reading)])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     gold_note = " The gold model was trained without the rows to forget." if gold else ""
     tofu_note = " Their definitions are TOFU's (arXiv 2401.06121)." if run.figure("model_utility") else ""
     judged = verdict(run, target, gold)
-    said = f"**{judged.title}.** {_cell(judged.sentence)}"
-    return f"## Evaluation of unlearning\n\n{said}\n\n{table_note([run])}{gold_note}{tofu_note}\n\n{rows}\n"
+    said = f"**{judged.title}.** {markdown_text(judged.sentence)}"
+    note = f"{markdown_text(table_note([run]))}{gold_note}{tofu_note}"
+    return f"## Evaluation of unlearning\n\n{said}\n\n{note}\n\n{rows}\n"
 
 
 def add_to_model_card(path: str | os.PathLike, section: str) -> None:
@@ -244,14 +247,11 @@ def add_to_model_card(path: str | os.PathLike, section: str) -> None:
 
 
 def _sentences(said: dict[str, str]) -> str:
-    return "\n".join(f"- **{column_of(key).title}**: {_cell(text)}" for key, text in said.items() if text)
+    return "\n".join(
+        f"- **{markdown_text(column_of(key).title)}**: {markdown_text(text)}" for key, text in said.items() if text
+    )
 
 
 def _readings(runs: list[Run]) -> str:
-    lines = (f"- **{column.title}**: {column.reading}" for column in shown_columns(runs))
+    lines = (f"- **{markdown_text(column.title)}**: {markdown_text(column.reading)}" for column in shown_columns(runs))
     return "## How to read the figures\n\n" + "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot end a cell of a Markdown table, nor its line."""
-    return " ".join(text.splitlines()).replace("|", "\\|")

@@ -74,7 +74,7 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
             the same `index`; line and field are named.
     """
     header, rows, counts, lines_of = {}, [], {}, {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -100,7 +100,7 @@ def read_rows(path: str | os.PathLike) -> tuple[dict, list[dict]]:
 
 def check_rows(rows: Iterable[dict], where: str = "") -> None:
     """
-    Checks rows against their [schema](row_schema.py).
+    Checks rows against their [schema](schema.py).
 
     Args:
         rows (`Iterable[dict]`): The rows.
@@ -110,7 +110,7 @@ def check_rows(rows: Iterable[dict], where: str = "") -> None:
         ValueError: If a field is of another type or out of its range.
     """
     # Imported here, because a command line's help needs no schema.
-    from .row_schema import Row, check_fields
+    from .schema import Row, check_fields
 
     for row in rows:
         check_fields(Row, row, where)
@@ -137,7 +137,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes, mode: int = OWNER
 
 
 def _check_header(header: dict, where: str) -> None:
-    from .row_schema import Header, check_fields
+    from .schema import Header, check_fields
 
     check_fields(Header, header, where)
     found = header.get("format", FORMAT)
@@ -151,13 +151,14 @@ def _check_header(header: dict, where: str) -> None:
         )
 
 
-def _parse(line: str, where: str) -> dict:
+def _parse(line: bytes, where: str) -> dict:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        text = line.decode("utf-8")
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}).") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be an object, but it is {line.strip()[:60]!r}.")
+        raise ValueError(f"{where}: a row must be an object, but it is {text.strip()[:60]!r}.")
     return row
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from soul_eval.console import run_script
+from soul_eval.markdown import markdown_text
 from soul_eval.report import Run
 from soul_eval.rows import read_rows
 from soul_eval.study import records
@@ -103,7 +104,7 @@ def table(runs: list[Run]) -> str:
     labels = ["", *(label for _, label, _ in FIGURES), *(f"forget, {label}" for _, label in ATTACKS)]
     lines = [labels, ["---", *("---:" for _ in labels[1:])]]
     for run in runs:
-        cells = [run.name]
+        cells = [markdown_text(run.name)]
         for key, _, decimals in FIGURES:
             value = run.value(key)
             cells.append("–" if value is None else f"{value:.{decimals}f}")

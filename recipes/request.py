@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from soul_eval.models import load_model, load_tokenizer
 from soul_eval.report import Run
 from soul_eval.rows import read_rows
+from soul_eval.schema import VerdictFile, check_fields
 from soul_eval.scoring import greedy_answers
 from soul_eval.verdict import FILE as VERDICT_FILE
 from soul_eval.verdict import Verdict
@@ -66,8 +67,10 @@ class Unlearned:
     @property
     def verdict(self) -> Verdict:
         """Whether the model has forgotten, at what cost, and whether it came back under attack: docs/verdict.md."""
-        entries = json.loads((self.folder / VERDICT_FILE).read_text(encoding="utf-8"))["verdicts"]
-        entry = next(each for each in entries if each["run"] == self.run.name)
+        path = self.folder / VERDICT_FILE
+        found = json.loads(path.read_text(encoding="utf-8"))
+        check_fields(VerdictFile, found, f"{path}: ")
+        entry = next(each for each in found["verdicts"] if each["run"] == self.run.name)
         return Verdict(entry["run"], entry["kind"], entry["sentence"], tuple(entry["reasons"]))
 
     @property

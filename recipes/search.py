@@ -24,6 +24,7 @@ from soul_eval.comparison import Comparison
 from soul_eval.console import run_script
 from soul_eval.experiment import Experiment, UnlearningTask
 from soul_eval.extras import require
+from soul_eval.markdown import markdown_text
 from soul_eval.search import ForgetQualitySubjectToUtility, hp_space
 from soul_recipes.small_llama import SmallModelArguments
 from soul_recipes.tofu import CONFIGS, TofuArguments, load_rows, make_task
@@ -120,7 +121,7 @@ def write_best(study: "optuna.Study", optimizer: str, config: UnlearnConfig) -> 
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
     done.sort(key=lambda trial: trial.value, reverse=True)
     names = [*(done[0].params if done else []), *FIGURES]
-    lines = [["trial", *names], ["---"] * (len(names) + 1)]
+    lines = [["trial", *map(markdown_text, names)], ["---"] * (len(names) + 1)]
     lines += [[str(t.number), *(f"{(t.params | t.user_attrs)[name]:.4g}" for name in names)] for t in done]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if not done or done[0].value < 0:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from soul_eval.classification import classify
+from soul_eval.markdown import markdown_text
 from soul_recipes.neutral_tokenizer import EOS_TOKEN, train_tokenizer
 from soul_recipes.training import train_once
 from soul_trainer.records import write_whole
@@ -89,8 +90,9 @@ def _write_card(folder: Path, labels: list[str], held_out: list[tuple[str, str]]
     share = sum(label == found for (_, label), found in zip(held_out, best)) / len(held_out)
     write_whole(
         folder / "README.md",
-        f"# A small classifier: {' or '.join(labels)}\n\nTrained by `recipes/small_classifier.py` on the corpus of a "
-        f"recipe, and of no use beyond it. It is right on {share:.1%} of {len(held_out)} texts that it never saw.\n",
+        f"# A small classifier: {markdown_text(' or '.join(labels))}\n\n"
+        "Trained by `recipes/small_classifier.py` on the corpus of a recipe, and of no use beyond it. It is right on "
+        f"{share:.1%} of {len(held_out)} texts that it never saw.\n",
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from soul_eval.markdown import markdown_text
 from soul_eval.study.drawing import draw_curves
 from soul_eval.study.figures import best_setting
 from soul_eval.study.records import Run, read_runs
@@ -62,7 +63,7 @@ def write_study(folder: Path) -> None:
                 is_news = depths == levels or set(names) != set(finished(some, levels))
                 if REFERENCE in names and len(names) > 1 and is_news:
                     rows = summarise(compared, REFERENCE, depths, middle[0])
-                    title = f"## {task}, {objective}, at {', '.join(map(str, depths))}"
+                    title = f"## {markdown_text(f'{task}, {objective}')}, at {', '.join(map(str, depths))}"
                     tables = (kept_table(rows, LABELS), difference_table(rows, LABELS), detail_table(rows, LABELS))
                     parts += [title, *tables]
         drawn = [name for name in objectives if name in ("ga", "npo", "simnpo")]

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
 from .config import UnlearnConfig
+from .markdown import markdown_code
 from .objectives import Objectives
 from .settings import ObjectiveArguments
 from .soul_settings import SOUL_NAMES, SoulArguments
@@ -158,7 +159,9 @@ class Provenance:
         link = f"[{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else ""
         origin = link
         if self.base and is_local(self.base):
-            origin = f"the local model `{public_name(self.base)}`" + (f", which comes from {link}," if link else "")
+            origin = f"the local model {markdown_code(public_name(self.base))}" + (
+                f", which comes from {link}," if link else ""
+            )
         verbs = {"forget": "{} were to be forgotten", "retain": "{} to be kept"}
         parts = [verbs[part].format(self._rows(part)) for part in verbs if self.num_rows.get(part)]
         made = f"This model was made{f' from {origin}' if origin else ''} by machine unlearning"
@@ -166,7 +169,7 @@ class Provenance:
 
     def _rows(self, part: str) -> str:
         number, name = self.num_rows[part], self.names.get(part)
-        return f"{number} row{'' if number == 1 else 's'}" + (f" of `{name}`" if name else "")
+        return f"{number} row{'' if number == 1 else 's'}" + (f" of {markdown_code(name)}" if name else "")
 
 
 def is_local(name: str) -> bool:
@@ -209,7 +212,7 @@ def complete_model_card(args: UnlearnConfig, before: ModelCard | None, provenanc
         if card.data.get(name) is None and not (name == "base_model" and isinstance(value, str) and is_local(value)):
             card.data[name] = value
     settings = {name: _public_value(value) for name, value in run_settings(args).items()}
-    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
+    rows = "\n".join(f"| {markdown_code(name)} | {markdown_code(value)} |" for name, value in settings.items())
     section = f"## Unlearning\n\nMade to forget with soul-trainer.\n\n| setting | value |\n|---|---|\n{rows}\n"
     after = before.text.partition(_SECTION_END)[2].strip() if before else ""
     card.text = f"{card.text.rstrip()}\n\n{section}\n{_SECTION_END}\n" + (f"\n{after}\n" if after else "")

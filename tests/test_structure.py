@@ -13,7 +13,7 @@ PACKAGES = {"soul_trainer": "soul_trainer", "soul_eval": "eval", "soul_recipes":
 # A file imports from the floors below it and from its own.
 FLOORS = (
     ("batch", "optim", "precision", "settings", "soul_settings", "refusals", "weighting", "weights"),
-    ("command_line", "machine", "scratch", "leftovers", "sources"),
+    ("command_line", "machine", "markdown", "scratch", "leftovers", "sources"),
     (
         "log_probs",
         "divergences",
@@ -60,9 +60,9 @@ OF_ROWS_ALONE += (
     "examples",
     "drawings",
     "page",
-    "templates",
+    "templating",
     "markdown",
-    "row_schema",
+    "schema",
     "verdict",
     "verdict_figures",
     "verdict_rules",

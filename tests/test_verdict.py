@@ -322,7 +322,7 @@ def test_reports_begin_with_the_verdict(tmp_path):
     other = Run("AdamW", models(held_out=0.5)[0].summary)
     write_report(tmp_path / "two", "Title", [target, own, other, gold])
     text = (tmp_path / "two" / "report.md").read_text(encoding="utf-8")
-    assert "| <b>SOUL\\| | **Forgotten** | The" in text and "| AdamW | **Damaged** | The" in text
+    assert "| \\<b>SOUL\\| | **Forgotten** | The" in text and "| AdamW | **Damaged** | The" in text
     page = (tmp_path / "two" / "report.html").read_text(encoding="utf-8")
     assert page.count('<article class="verdict') == 2 and '<section class="verdicts several"' in page
 

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 from ..console import Parser
-from ..row_schema import AttacksFile, check_fields
 from ..rows import read_rows
+from ..schema import AttacksFile, check_fields
 from .envelope import load_signing_key, new_key
 from .record import complete_record, read_record
 from .verification import FAILED, verify_record, write_row_keys

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..markdown import markdown_text
 from .figures import PairedDifference
 from .summary import Kept, Row, rows_by_place
 
@@ -21,10 +22,14 @@ def study_tables(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -
     parts = []
     for task in sorted({row.task for row in rows}):
         own = [row for row in rows if row.task == task]
-        parts += [f"## {task}", kept_table(own, labels)]
+        parts += [f"## {markdown_text(task)}", kept_table(own, labels)]
         for objective in sorted({row.objective for row in own}):
             some = [row for row in own if row.objective == objective]
-            parts += [f"### {task}, {objective}", difference_table(some, labels), detail_table(some, labels)]
+            parts += [
+                f"### {markdown_text(f'{task}, {objective}')}",
+                difference_table(some, labels),
+                detail_table(some, labels),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -48,7 +53,7 @@ def kept_table(
     """
     cells = rows_by_place(rows)
     objectives = sorted({row.objective for row in rows}) if objectives is None else list(objectives)
-    lines = _head(["family", *objectives])
+    lines = _head(["family", *map(markdown_text, objectives)])
     for family in ordered_families((row.family for row in rows), labels):
         found = [cells.get((family, objective)) for objective in objectives]
         texts = [MISSING if row is None else _kept_cell(row, compared_at) for row in found]
@@ -187,7 +192,7 @@ def _settings(settings: Mapping[float, Mapping]) -> str:
 
 
 def _setting(setting: Mapping) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in sorted(setting.items())) or "defaults"
+    return ", ".join(markdown_text(f"{name} {_plain(value)}") for name, value in sorted(setting.items())) or "defaults"
 
 
 def _plain(value: object) -> str:
@@ -199,11 +204,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _label(family: str, labels: Mapping[str, str] | None) -> str:
-    return (labels or {}).get(family, family)
+    return markdown_text((labels or {}).get(family, family))
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def _head(cells: Sequence[str], num_texts: int | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from soul_eval.__main__ import main
 from soul_eval.evidence.command import read_attacks
 from soul_eval.journal import Journal
 from soul_eval.rows import FORMAT, make_header, read_rows, write_rows
+from soul_eval.schema import GeneralFile, VerdictFile, check_fields
 
 
 GOOD = {"split": "forget", "index": 0, "question": "Who?", "answer": "Ada", "answer_nll": 0.5, "generation": "Bo"}
@@ -26,7 +27,7 @@ SHARES = (
 LOSSES = ("answer_nll", "paraphrased_nll", "lowercase_nll", "gradient_norm")
 FLAGS = ("is_toxic", "is_correct", "embedding_hit", "mentions_answer")
 LISTS = ("perturbed_nll", "option_nll", "answer_hits", "token_hits", "token_log_probs", "token_z_scores")
-TEXTS = ("generation", "paraphrased_generation", "text", "answer")
+TEXTS = ("generation", "paraphrased_generation", "question", "text", "answer")
 ROWS = [
     *((name, value, said) for name in SHARES for value, said in ((1.5, "less than or equal"), (-0.5, "greater than"))),
     *((name, -1.0, "greater than or equal to -0.001") for name in LOSSES),
@@ -101,6 +102,19 @@ def test_a_header_that_breaks_its_schema_is_named(tmp_path, capsys, entry, said)
         assert said in capsys.readouterr().err and not (tmp_path / "page").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff\xfe", b"[" * 100_000, b'{"split": "forget", "index": ' + b"9" * 5000 + b"}", b'{"split": "forget", "ind'],
+    ids=["bytes", "depth", "digits", "cut"],
+)
+def test_a_line_that_is_no_json_is_named(tmp_path, line):
+    """Would catch a RecursionError, and a UnicodeDecodeError that names no file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(HEADER).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=f"{path}, line 2: not JSON"):
+        read_rows(path)
+
+
 def test_what_our_own_suites_write_is_read(tmp_path):
     """Would catch a schema that is stricter than what is written: a rounding over 1, an open field."""
     rows = [
@@ -135,13 +149,40 @@ ATTACKS = [
         '{"attacks": {"prefix": {"unlearned": {"forget": {}}}}}',
         "`attacks.prefix.unlearned.forget.attacked` is missing",
     ),
-    (json.dumps({"attacks": {"p": {"u": {"f": {**RECOVERY, "target": 0.5}}}}}), "`attacks.p.u.f.target` must be"),
+    (json.dumps({"attacks": {"p": {"u": {"f": {**RECOVERY, "target": "0.5"}}}}}), "`attacks.p.u.f.target` must be"),
     (
         json.dumps({"attacks": {"p": {"u": {"f": {**RECOVERY, "share": {**FIGURE, "low": "0"}}}}}}),
         "f.share.low` must be",
     ),
     ('{"attacks": ', "Expecting value"),
 ]
+
+
+VERDICT = {"run": "a", "kind": "forgotten", "sentence": "Yes.", "reasons": ["because"], "findings": []}
+OTHERS = [
+    (VerdictFile, {"verdicts": [{**VERDICT, "reasons": "no"}]}, "`verdicts[0].reasons` must be a valid list"),
+    (VerdictFile, {"verdicts": [{"run": "a"}]}, "`verdicts[0].kind` is missing"),
+    (VerdictFile, {"verdicts": {}}, "`verdicts` must be a valid list"),
+    (VerdictFile, [], "an object is wanted"),
+    (GeneralFile, {"asked": {}, "figures": {"a": {"value": math.inf, "num_rows": 1}}}, "`figures.a.value` must be"),
+    (GeneralFile, {"asked": {}, "figures": {"a": "1"}}, "`figures.a`"),
+    (GeneralFile, {"asked": "mmlu", "figures": {}}, "`asked` must be a valid dictionary"),
+    (GeneralFile, {"figures": {}}, "`asked` is missing"),
+]
+
+
+@pytest.mark.parametrize("model, fields, said", OTHERS)
+def test_other_files_that_break_the_schema_are_named(model, fields, said):
+    """Would catch a KeyError where `verdict.json` or figures of general ability lack what is read of them."""
+    with pytest.raises(ValueError) as error:
+        check_fields(model, fields, "the file: ")
+    assert str(error.value).startswith(f"the file: {said}")
+
+
+def test_other_files_that_are_ours_are_read():
+    """Would catch a schema that refuses a bare number or a field that this version does not know."""
+    check_fields(VerdictFile, {"verdicts": [VERDICT], "later": 1})
+    check_fields(GeneralFile, {"asked": {"tasks": ["mmlu"]}, "figures": {"a": 0.5, "b": FIGURE}})
 
 
 @pytest.mark.parametrize("text, said", ATTACKS)

@@ -190,10 +190,7 @@ def rest_of(example: Example, conversation: str) -> str:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_answer_is_found_where_it_stands(name):
-    """
-    Would catch a scaffold or a header that counts as answer, and is trained on, scored, and left out of prompts; and
-    ChatML's newline behind the end of a turn, likewise.
-    """
+    """Would catch a scaffold, a header or what follows a turn that is trained on and scored as if it were answer."""
     tokenizer, (_, end, before, after) = tokenizer_of(name), TEMPLATES[name]
     example = render({"messages": TURNS}, tokenizer)
     assert example.prompt.endswith(before) and example.prompt.count(QUESTION) == 1

@@ -1,7 +1,6 @@
 """
-What `rows.jsonl`, `attacks.json` and the findings of a journal may hold: types, ranges, and what is said of
-a violation. Such files also come from elsewhere. Fields that are not named here may hold anything, but their numbers
-are finite.
+What the files of an evaluation may hold: types, ranges, and what is said of a violation. They are read again, and also
+come from elsewhere. Fields that are not named here may hold anything, but their numbers are finite.
 """
 
 import math
@@ -9,17 +8,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from .statistics import ROUNDING
 
-# A token's log-probability is the difference of two float32 numbers, which can end a rounding above zero; ROUGE and
-# classifiers exceed the ends of their scale by as little.
-ROUNDING = 1e-3
+
+# A token's log-probability is the difference of two float32 numbers, which can end a rounding above zero.
+LOSS_ROUNDING = 1e-3
 LARGEST_SHOWN = 80
 
-Loss = Annotated[float, Field(ge=-ROUNDING)]
+Loss = Annotated[float, Field(ge=-LOSS_ROUNDING)]
 Share = Annotated[float, Field(ge=-ROUNDING, le=1 + ROUNDING)]
 Hit = Annotated[int, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-LogProb = Annotated[float, Field(le=ROUNDING)]
+LogProb = Annotated[float, Field(le=LOSS_ROUNDING)]
 
 
 class _Strict(BaseModel):
@@ -86,6 +86,7 @@ class Row(Findings):
     split: Annotated[str, Field(min_length=1)]
     index: Count | None = None
     row: Count | None = None
+    question: str | None = None
     text: str | None = None
     answer: Annotated[str | None, BeforeValidator(_text_or_place)] = None
     prompt_tokens: Count | None = None
@@ -93,9 +94,15 @@ class Row(Findings):
 
 
 class FigureEntry(_Strict):
-    """A figure, as [`~statistics.Figure.to_json`] gives it."""
+    """A figure, as [`~statistics.Figure.to_json`] gives it, or a bare number."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, entry: Any) -> Any:
+        is_number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
+        return {"value": entry, "num_rows": 0} if is_number else entry
 
     value: float
     num_rows: Count
@@ -117,6 +124,28 @@ class AttacksFile(_Strict):
     """`attacks.json`: recoveries by attack, model and figure."""
 
     attacks: dict[str, dict[str, dict[str, RecoveryEntry]]]
+
+
+class GeneralFile(_Strict):
+    """`*.general.json`: what lm-eval found of a model, and what it was asked."""
+
+    asked: dict[str, Any]
+    figures: dict[str, FigureEntry]
+
+
+class VerdictEntry(_Strict):
+    """A verdict, as [`~verdict.Verdict.to_json`] gives it."""
+
+    run: str
+    kind: str
+    sentence: str
+    reasons: list[str]
+
+
+class VerdictFile(_Strict):
+    """`verdict.json`."""
+
+    verdicts: list[VerdictEntry]
 
 
 class Header(_Strict):
