@@ -12,9 +12,14 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .sources import TEMPLATE_COLUMNS
+
 
 logger = logging.get_logger(__name__)
 
+# Of `apply_chat_template`, and set here.
+_OWN_OPTIONS = {"conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize"}
+_OWN_OPTIONS |= {"continue_final_message", "return_tensors", "return_dict", "padding", "truncation", "max_length"}
 # Stands for an answer where its place is looked for.
 _PLACE = "SoulTrainerAnswer"
 _OWN_TEMPLATE = "Rows of questions and answers may have a `prompt_template` of their own instead."
@@ -79,8 +84,23 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
 
+def template_options(row: dict) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: `tools`, and the names in `chat_template_kwargs`."""
+    # As datasets keep them, whose columns have one type, either may be JSON.
+    tools, others = (json.loads(each) if isinstance(each, str) else each for each in map(row.get, TEMPLATE_COLUMNS))
+    if not isinstance(others, (dict, type(None))):
+        raise ValueError(f"`chat_template_kwargs` must be a dictionary, but it is {others!r:.60}.")
+    others = {name: value for name, value in (others or {}).items() if value is not None}
+    if own := sorted(_OWN_OPTIONS & set(others)):
+        raise ValueError(f"`chat_template_kwargs` has {own}, which are not the row's to say: remove them.")
+    return {"tools": tools or None, **others}
+
+
 def render_chat(
-    messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools: Any = None, num_given: int | None = None
+    messages: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    num_given: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Example:
     """
     A conversation whose last turn is the answer, and so are those of the assistant's after the first `num_given`.
@@ -102,20 +122,20 @@ def render_chat(
         raise ValueError("`messages` must hold a prompt and end with the assistant's answer.")
     last = len(messages) - 1
     answers = [place for place in range(num_given or last, last) if messages[place]["role"] == "assistant"] + [last]
-    whole = _apply_template(tokenizer, messages, tools)
-    spans = [_place_of(messages, answer, whole, tokenizer, tools) for answer in answers]
+    whole = _apply_template(tokenizer, messages, options)
+    spans = [_place_of(messages, answer, whole, tokenizer, options) for answer in answers]
     start, end = spans[0][0], spans[-1][1]
     between = [(one[1] - start, other[0] - start) for one, other in pairwise(spans)]
     return Example(whole[:start], whole[start:end], messages[answers[0]]["content"].strip(), True, between)
 
 
 def _place_of(
-    messages: list[dict], turn: int, whole: str, tokenizer: PreTrainedTokenizerBase, tools: Any
+    messages: list[dict], turn: int, whole: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None
 ) -> tuple[int, int]:
     """From where to where a turn of the assistant's goes in the text of a conversation, with what ends it."""
     require_text(messages[turn], "content")
     others = [*messages[:turn], {**messages[turn], "content": _PLACE}, *messages[turn + 1 :]]
-    framed = _apply_template(tokenizer, others, tools)
+    framed = _apply_template(tokenizer, others, options)
     if framed.count(_PLACE) != 1:
         raise ValueError(f"the chat template writes the answer {framed.count(_PLACE)} times. {_OWN_TEMPLATE}")
     before, _, after = framed.partition(_PLACE)
@@ -125,7 +145,8 @@ def _place_of(
             f"the chat template changes the assistant's answer, {content[:60]!r}, so that its tokens cannot be told: "
             f"put what it thinks first into `reasoning_content`. {_OWN_TEMPLATE}"
         )
-    start, asked = len(before), _apply_template(tokenizer, messages[:turn], tools, add_generation_prompt=True)
+    start, asking = len(before), {**(options or {}), "add_generation_prompt": True}
+    asked = _apply_template(tokenizer, messages[:turn], asking)
     if before.startswith(asked) and not before[len(asked) :].strip():
         start = len(asked)  # white space before an answer belongs to its first token in every common tokenizer
     elif asked.startswith(before) and asked != before:
@@ -149,11 +170,9 @@ def _end_of_turn_in(after: str, tokenizer: PreTrainedTokenizerBase, is_last: boo
     return end
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], tools: Any, **options: bool) -> str:
-    if isinstance(tools, str):  # as datasets keep them, whose columns have one type
-        tools = json.loads(tools)
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], options: dict[str, Any] | None) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **(options or {}))
     except (TemplateError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise ValueError(f"the chat template cannot write turns of {roles}: {error}. {_OWN_TEMPLATE}") from error

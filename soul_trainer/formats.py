@@ -9,7 +9,8 @@ Rows to tokens. Four kinds of row are understood, told apart by their columns:
 | text | `text` | nothing | the whole text |
 
 Of a completion of several messages, all turns of the assistant's are the answer. Rows that go through the chat
-template may have `tools` besides: a list of functions, or its JSON, for the template.
+template may have `tools` besides, a list of functions, and `chat_template_kwargs`, what the template asks for by name,
+such as `enable_thinking`; both also as JSON.
 """
 
 import os
@@ -20,16 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .batch import IGNORE_INDEX
-from .chat_templates import Example, render_chat, require_text
+from .chat_templates import Example, render_chat, require_text, template_options
 from .inputs import as_dataset
-from .sources import KINDS
-from .tokenized import check_text_columns, has_columns_to_check, read_tokenized
+from .sources import KINDS, TEMPLATE_COLUMNS
+from .tokenized import check_columns, has_columns_to_check, read_tokenized
 
 
 logger = logging.get_logger(__name__)
 
 # `datasets` keeps what it maps beside the rows' own files, where nobody would look for what must be forgotten.
 _NOT_CACHED = {"keep_in_memory": True, "load_from_cache_file": False}
+# The columns that rows of text are read from.
+_READ = {*(column for kind in KINDS for column in kind), *TEMPLATE_COLUMNS, "alternate", "labels", "row"}
 # Used for question/answer rows where the tokenizer has no chat template of its own.
 DEFAULT_PROMPT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 
@@ -52,18 +55,19 @@ def render(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_template: str |
         ValueError: If the row is of no known kind, its answer is empty, or the template lacks a placeholder.
     """
     if "messages" in row:
-        return render_chat(row["messages"], tokenizer, row.get("tools"))
+        return render_chat(row["messages"], tokenizer, options=template_options(row))
     if "question" in row and "answer" in row:
         require_text(row, "question", "answer")
         if prompt_template is None and tokenizer.chat_template:
             messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-            return render_chat(messages, tokenizer, row.get("tools"))
+            return render_chat(messages, tokenizer, options=template_options(row))
         return _render_template(row["question"], row["answer"], prompt_template or DEFAULT_PROMPT_TEMPLATE)
     if "prompt" in row and "completion" in row:
         if isinstance(row["prompt"], list):
             if not isinstance(row["completion"], list):
                 raise ValueError("`prompt` is a list of messages, so `completion` must be one too.")
-            return render_chat(row["prompt"] + row["completion"], tokenizer, row.get("tools"), len(row["prompt"]))
+            messages = row["prompt"] + row["completion"]
+            return render_chat(messages, tokenizer, len(row["prompt"]), template_options(row))
         require_text(row, "completion")
         if not isinstance(row["prompt"], str):
             raise ValueError(f"`prompt` is not a string: {row['prompt']!r}.")
@@ -212,10 +216,10 @@ def prepare(
         if dataset.features.get("row") == Value("int64") and "labels" in columns:  # from here
             if not has_columns_to_check(dataset.column_names):
                 return dataset
-        return read_tokenized(dataset, tokenizer.pad_token_id, max_length, name)
+        return read_tokenized(dataset, tokenizer.pad_token_id, max_length, name, tokenizer.eos_token_id)
     if not is_text:
         raise ValueError(f"`{name}` needs the columns of one of the kinds {KINDS}, but it has {sorted(columns)}.")
-    check_text_columns(dataset, name)
+    check_columns(dataset, _READ, name)
 
     def tokenize(row: dict, index: int) -> dict:
         try:

@@ -10,6 +10,8 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .batch import IGNORE_INDEX
+
 
 def check_model(model: object) -> None:
     """
@@ -112,7 +114,7 @@ def check_tokenizer(tokenizer: object) -> None:
 
 def check_ids(rows: Dataset, model: PreTrainedModel, name: str) -> None:
     """
-    Checks that the model knows every token.
+    Checks that the model knows every token and every label.
 
     Args:
         rows ([`~datasets.Dataset`]): Tokenized rows.
@@ -122,28 +124,36 @@ def check_ids(rows: Dataset, model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: If a token is beyond the model's embeddings, or is none; the row is named.
     """
-    if not pyarrow.types.is_integer(rows.with_format("arrow")[:0]["input_ids"].type.value_type):
-        raise ValueError(f"`input_ids` of `{name}` must be whole numbers, but they are {rows['input_ids'][0]!r:.60}.")
+    for column in ("input_ids", "labels"):
+        if column in rows.column_names:
+            _check_ids(rows, column, model, name)
+
+
+def _check_ids(rows: Dataset, column: str, model: PreTrainedModel, name: str) -> None:
+    if not pyarrow.types.is_integer(rows.with_format("arrow")[:0][column].type.value_type):
+        raise ValueError(f"`{column}` of `{name}` must be whole numbers, but they are {rows[column][0]!r:.60}.")
+    least = IGNORE_INDEX if column == "labels" else 0
     # An adapter may wrap the embeddings.
     num_known = getattr(model.get_input_embeddings(), "num_embeddings", model.config.get_text_config().vocab_size)
     # Without a list for each row, because a set to retain may be large.
-    found = pyarrow.compute.min_max(rows.with_format("arrow")[:]["input_ids"].combine_chunks().flatten()).as_py()
-    if found["min"] is None or 0 <= found["min"] <= found["max"] < num_known:
+    found = pyarrow.compute.min_max(rows.with_format("arrow")[:][column].combine_chunks().flatten()).as_py()
+    if found["min"] is None or least <= found["min"] <= found["max"] < num_known:
         return
-    for place, ids in enumerate(rows["input_ids"]):
-        if strangers := [token for token in ids if not 0 <= token < num_known]:
+    for place, ids in enumerate(rows[column]):
+        if strangers := [token for token in ids if not least <= token < num_known]:
             worst = max(strangers, key=abs)
             raise ValueError(
-                f"Row {place} of `{name}` has the token {worst}, and the model knows the tokens 0 to {num_known - 1}: "
+                f"Row {place} of `{name}` has the {'label' if column == 'labels' else 'token'} {worst}, and the model "
+                f"knows the tokens 0 to {num_known - 1}: "
                 "give the model's own tokenizer, or let the model grow first, with "
                 "`model.resize_token_embeddings(len(tokenizer))`."
             )
 
 
 def check_tokenized(columns: Sequence[str], name: str) -> None:
-    """Raises a `ValueError` unless rows are tokens with labels."""
-    if not {"input_ids", "labels"} <= set(columns):
+    """Raises a `ValueError` unless rows are tokens."""
+    if "input_ids" not in columns:
         raise ValueError(
-            f"`{name}` needs rows of tokens, `input_ids` and `labels`, but it has {list(columns)}: "
+            f"`{name}` needs rows of tokens, `input_ids` and perhaps `labels`, but it has {list(columns)}: "
             "`soul_trainer.formats.prepare(rows, tokenizer)` makes them."
         )

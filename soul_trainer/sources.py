@@ -27,6 +27,8 @@ from .scratch import scratch_folder
 
 # The columns of each kind of row of formats.py; in a dataset with those of several, the first counts.
 KINDS = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
+# What a chat template reads of a row beside its messages: functions that it may call, and names of the template's own.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _TEXT_FILES = (".txt", ".md")
 # Of a folder, they say what it is and are none of its data.
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|dataset_infos?)(\..*)?", re.IGNORECASE)
@@ -111,8 +113,8 @@ def kind_of(rows: Dataset, name: str = "dataset") -> tuple[str, ...]:
 
 
 def row_columns(rows: Dataset, name: str = "dataset") -> list[str]:
-    """The columns that make a row, and `tools`, which a chat template shows to the model, if there are some."""
-    return [*kind_of(rows, name), *{"tools"}.intersection(rows.column_names)]
+    """The columns that make a row, and what a chat template reads besides, if there is some."""
+    return [*kind_of(rows, name), *(column for column in TEMPLATE_COLUMNS if column in rows.column_names)]
 
 
 def check_exists(source: str, name: str) -> Path:

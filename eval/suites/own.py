@@ -33,7 +33,8 @@ FORGET, RETAIN, HELD_OUT, GENERAL_TEXT = SPLITS = ("forget", "retain", "held_out
 HITS = "answer_hits"
 # A column of false answers, by TOFU's name: a row that has it can be judged by sentence embeddings.
 WRONG_ANSWERS = "perturbed_answer"
-TOOLS = "tools"  # that a chat template shows to the model
+# As in `soul_trainer.sources`, which comes with torch.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Fields of a row that are figures as they are.
 FIELDS = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "rouge1_f1", "verbatim_overlap")
 
@@ -151,9 +152,9 @@ def unscored_rows(
 
 def parts(row: dict, arguments: OwnArguments) -> list[Part]:
     """What is asked about a row: the likelihood of its answer or text, and an answer of the model's own."""
-    names = ("question", "answer", "prompt", "completion", TOOLS) if "text" not in row else ("text",)
+    names = ("question", "answer", "prompt", "completion", *TEMPLATE_COLUMNS) if "text" not in row else ("text",)
     if "messages" in row:
-        names = ("messages", TOOLS)
+        names = ("messages", *TEMPLATE_COLUMNS)
     asked = {name: row[name] for name in names if name in row}
 
     def memory(scores: list) -> dict:
@@ -246,7 +247,7 @@ def _asked(item: dict, tokenizer: "PreTrainedTokenizerBase", arguments: OwnArgum
     """A row as it is asked, with what reports show: its question or prompt, and its answer."""
     if isinstance(item.get("prompt"), list):
         turns = {"messages": item["prompt"] + (item["completion"] or [])}
-        item = turns | ({TOOLS: item[TOOLS]} if item.get(TOOLS) else {})
+        item = turns | {name: item[name] for name in TEMPLATE_COLUMNS if item.get(name)}
     if "messages" in item:
         *before, last = item["messages"] or [{}]
         question = next((turn["content"] for turn in before[::-1] if turn["role"] == "user"), "")

@@ -63,8 +63,10 @@ class HessianCallback(KeptWithCheckpoint, ExportableState):
             raise ValueError(f"`hessian_data={self.settings.hessian_data!r}` needs the argument `forget`.")
         for half, rows in list(self.sources.items()):
             check_tokenized(rows.column_names, half)
-            if has_columns_to_check(rows.column_names):
-                self.sources[half] = rows = read_tokenized(rows, None, None, half)
+            if "labels" not in rows.column_names or has_columns_to_check(rows.column_names):
+                tokenizer = trainer.processing_class
+                pad, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
+                self.sources[half] = rows = read_tokenized(rows, pad, None, half, eos)
             check_ids(rows, trainer.model, half)
         self.trainer = trainer
         self.engine = make_engine(trainer.accelerator, trainer.model)
