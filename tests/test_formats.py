@@ -78,7 +78,7 @@ def test_another_answer_keeps_the_white_space_and_the_end_of_turn(tokenizer):
     """Would catch refusals without the end of turn, after which a chat model rambles on."""
     tokenizer.chat_template = CHAT_TEMPLATE
     example = render({"question": "who ?", "answer": "Mara"}, tokenizer).with_content("Bo")
-    assert example.answer == "Bo </s> "
+    assert example.answer == "Bo </s>"
 
 
 @pytest.mark.parametrize("template", ["{question}", "{question} {answer} end", "{answer}"])
