@@ -45,6 +45,8 @@ INHERITED = {
     "logging_steps": Positive,
     "save_steps": Positive,
     "eval_steps": Positive | None,
+    "eval_delay": NotNegative | None,
+    "eval_accumulation_steps": Count | None,
     "save_total_limit": Count | None,
     "neftune_noise_alpha": NotNegative | None,
     "dataloader_num_workers": CountFromZero,
@@ -232,6 +234,8 @@ class UnlearnConfig(ObjectiveArguments, StepArguments, SoulArguments, TrainingAr
         if self.optim in SOUL_NAMES:
             for name, value in parse_optim_args(self.optim_args).items():
                 setattr(self, name, value)
+        # Before TrainingArguments computes with them.
+        check_ranges(self, INHERITED)
         self.use_cpu = self.use_cpu or needs_use_cpu(self.bf16, self.use_cpu)
         super().__post_init__()
         deepspeed = getattr(getattr(self, "hf_deepspeed_config", None), "config", {})

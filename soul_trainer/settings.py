@@ -61,7 +61,7 @@ CountFromZero = Annotated[int, Range(least=0)]
 
 def check_ranges(settings: object, inherited: Mapping[str, object] | None = None) -> None:
     """
-    Checks every setting whose type has a [`Range`].
+    Checks every setting whose type has a [`Range`] or is `bool`, for which any text that is not empty would be true.
 
     Args:
         settings (`object`): An instance of a dataclass.
@@ -74,6 +74,8 @@ def check_ranges(settings: object, inherited: Mapping[str, object] | None = None
         kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
         ranged = next((kind for kind in kinds if get_origin(kind) is Annotated), None)
         value = getattr(settings, name, None)
+        if set(kinds) - {NoneType} == {bool} and value is not None and value not in (True, False):
+            raise ValueError(f"`{name}` must be True or False, but it is {value!r}.")
         if ranged is None or (value is None and NoneType in kinds):
             continue
         kind, range_ = get_args(ranged)
@@ -86,7 +88,7 @@ def check_ranges(settings: object, inherited: Mapping[str, object] | None = None
 
 def check_choice(name: str, value: str, known: tuple[str, ...] | dict) -> None:
     """Raises a `ValueError` that lists the known values unless `value` is one of them."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"`{name}` must be one of {', '.join(known)}, but it is {value!r}.")
 
 

@@ -146,6 +146,18 @@ IDLE = [
     ({"dataloader_num_workers": -1}, "`dataloader_num_workers` must be >= 0"),
     ({"neftune_noise_alpha": math.nan}, "`neftune_noise_alpha` must be a finite number"),
     ({"lr_scheduler_kwargs": {"num_cycles": math.nan}}, "`lr_scheduler_kwargs` has num_cycles=nan"),
+    *(
+        ({name: value}, f"`{name}` must be True or False, but it is {value!r}")
+        for name in ("two_directions", "gradient_checkpointing", "bf16", "overwrite", "push_to_hub")
+        for value in ("no", "maybe", 2)
+    ),
+    *(({"eval_delay": value}, "`eval_delay` must be") for value in (-3, math.nan, "5", True)),
+    *(({"eval_accumulation_steps": value}, "`eval_accumulation_steps` must be") for value in (-3, "5", 2.5, 0)),
+    *(({name: "5"}, f"`{name}` must be a") for name in ("warmup_steps", "logging_steps", "save_steps")),
+    ({"dataloader_num_workers": "5"}, "`dataloader_num_workers` must be a whole number"),
+    ({"save_steps": math.inf}, "`save_steps` must be a finite number"),
+    ({"logging_steps": math.inf}, "`logging_steps` must be a finite number"),
+    ({"forget_loss": ["npo"]}, "`forget_loss` must be one of"),
     ({"forget_weight": 0, "retain_weight": 0}, "leave nothing to train on"),
     ({"forget_weight": 0, "retain_loss": "none", "rule": "sophia"}, "leave nothing to train on"),
 ]
