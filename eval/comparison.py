@@ -276,7 +276,7 @@ class Comparison:
         first_rows = self.references_on(rows)["target"].rows if is_asked else None
         curve = EvalCallback(trainer, self.suite.name, rows, self.gold_rows, first_rows=first_rows, **self.asked)
         trainer.add_callback(curve)
-        output = trainer.train(resume_from_checkpoint=_checkpoint(args))
+        output = trainer.train(resume_from_checkpoint=_checkpoint(args, self.folder))
         num_seconds = output.metrics["train_runtime"] - curve.seconds
         if trainer.objectives.any("is_negated") or trainer.precision.dtypes:
             # A task vector is subtracted, and weights are rounded to 16 bits, after the training's last evaluation.
@@ -346,7 +346,7 @@ def _tracked_run() -> object | None:
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def _checkpoint(args: UnlearnConfig) -> str | bool | None:
+def _checkpoint(args: UnlearnConfig, comparison: Path) -> str | bool | None:
     """
     Where a run resumes: `--resume_from_checkpoint` names a checkpoint, maybe that of another run of the comparison, or
     says True. A run that has no checkpoint begins.
@@ -358,4 +358,9 @@ def _checkpoint(args: UnlearnConfig) -> str | bool | None:
         return any(folder.glob("checkpoint-*")) or None
     if not Path(wanted).is_dir():
         raise ValueError(f"`resume_from_checkpoint`={wanted!r}: no such folder.")
+    if not Path(wanted).resolve().is_relative_to(comparison.resolve()):
+        raise ValueError(
+            f"`resume_from_checkpoint`={wanted!r} is of no run in {comparison}: name one of its checkpoints, or the "
+            "folder of its comparison as `output_dir`."
+        )
     return wanted if Path(wanted).resolve().parent == folder.resolve() else None

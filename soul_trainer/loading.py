@@ -96,6 +96,12 @@ def naming(what: str, name: str | Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        # A folder that is not there looks like an id, and the hub's own words are of the network.
+        said = f"There is no folder {str(name)!r}, and as an id on the hub it cannot be loaded: {error}"
+        raise OSError(said) from error
     except (SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, json.JSONDecodeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
