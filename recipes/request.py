@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
@@ -20,11 +19,9 @@ from soul_eval.scoring import greedy_answers
 from soul_eval.verdict import FILE as VERDICT_FILE
 from soul_eval.verdict import Verdict
 from soul_recipes import unlearn as recipe
-from soul_recipes.hub_layout import json_lines
+from soul_recipes.request_inputs import as_flag, as_source, check_arguments, is_sentences, saved
 from soul_trainer.formats import render
-from soul_trainer.inputs import as_dataset, check_model, check_tokenizer
-from soul_trainer.records import OWNER_ONLY, make_tokenizer_portable, write_whole
-from soul_trainer.sources import READERS
+from soul_trainer.records import make_tokenizer_portable
 
 
 # What is asked about a name or a topic, beside the questions that the model thinks of itself.
@@ -177,9 +174,9 @@ def unlearn(
     """
     folder = Path(output_dir)
     template = settings.get("prompt_template")
-    _check(model, gold, folder)
-    target = _saved(model, tokenizer, folder)
-    if _is_sentences(forget):
+    check_arguments(model, gold, folder)
+    target = saved(model, tokenizer, folder)
+    if is_sentences(forget):
         sentences = [forget] if isinstance(forget, str) else list(forget)
         loaded = load_model(target) if isinstance(model, (str, os.PathLike)) else model
         forget = elicit(loaded, AutoTokenizer.from_pretrained(target), sentences, prompt_template=template)
@@ -189,10 +186,10 @@ def unlearn(
     command += [] if gold is None else ["--gold", str(gold)]
     for split, source in sources.items():
         if source is not None:
-            command += [f"--{split}", _as_source(source, folder / f"{split}.jsonl")]
+            command += [f"--{split}", as_source(source, folder / f"{split}.jsonl")]
     for name, value in settings.items():
         if value is not None:
-            command += [f"--{name}", *_as_flag(value)]
+            command += [f"--{name}", *as_flag(value)]
     (run,) = recipe.main(command)
     rows = [row for row in run.rows if row["split"] == "forget"]
     return Unlearned(folder, target, run, rows, template)
@@ -247,77 +244,6 @@ def elicit(
 def _answers(model, tokenizer, questions: list[str], max_new_tokens: int, prompt_template: str | None) -> list[str]:
     examples = [render({"question": question, "answer": "-"}, tokenizer, prompt_template) for question in questions]
     return greedy_answers(model, tokenizer, examples, max_new_tokens=max_new_tokens, progress=False)
-
-
-def _check(model: object, gold: object, folder: Path) -> None:
-    """Raises a `ValueError` for what would be found out late, or not at all."""
-    if gold is not None and not isinstance(gold, (str, os.PathLike)):
-        raise ValueError(
-            f"`gold` must be the folder or hub id of a model, but it is a {type(gold).__name__}: save it."
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output_dir`={str(folder)!r} is a file: name a folder.")
-    if not isinstance(model, (str, os.PathLike)):
-        check_model(model)
-    elif folder.exists() and Path(model).exists() and folder.samefile(model):
-        raise ValueError(f"`output_dir` is the model's own folder, {str(folder)!r}: name another.")
-
-
-def _is_sentences(forget: object) -> bool:
-    """Whether it is plain sentences and not a file, a folder, a hub id or rows."""
-    if isinstance(forget, str):
-        text = forget.strip()
-        # A hub id has no space in it, and a file has an ending or a folder.
-        is_place = Path(text).exists() or "://" in text or text.startswith(("/", "./", "../", "~")) or _is_file(text)
-        return text.endswith(("?", "\uff1f")) or (" " in text and not is_place)
-    if not isinstance(forget, (list, tuple)) or not forget or not all(isinstance(each, str) for each in forget):
-        return False
-    if files := [each for each in forget if _is_file(each.strip())]:
-        raise ValueError(f"`forget` lists the file {files[0]!r}: give one file, a folder of files, or their rows.")
-    return True
-
-
-def _is_file(name: str) -> bool:
-    """Whether it ends as a data file does."""
-    path = Path(name)
-    return bool({path.suffix.lower(), Path(path.stem).suffix.lower()} & set(READERS))
-
-
-def _as_source(source: object, path: Path) -> str:
-    """Rows as a file, which the recipe reads."""
-    if isinstance(source, (str, os.PathLike)):
-        return str(source)
-    rows = as_dataset(source, path.stem).to_list()
-    for place, row in enumerate(rows):
-        try:
-            json.dumps(row)
-        except TypeError as error:
-            raise ValueError(f"Row {place} of `{path.stem}` has a value that is no text or number: {error}.") from None
-    write_whole(path, json_lines(rows), OWNER_ONLY)
-    os.chmod(path, 0o600)
-    return str(path)
-
-
-def _saved(model: object, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
-    if isinstance(model, (str, os.PathLike)):
-        return str(model)
-    if tokenizer is None:
-        raise ValueError("`tokenizer` is needed for a model in memory: `AutoTokenizer.from_pretrained(...)`.")
-    check_tokenizer(tokenizer)
-    target = folder / "target"
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    make_tokenizer_portable(target)
-    return str(target)
-
-
-def _as_flag(value: object) -> list[str]:
-    """A setting as words of a command line, where several names have commas between."""
-    if isinstance(value, (list, tuple)):
-        return [",".join(map(str, value))]
-    if isinstance(value, dict):
-        return [json.dumps(value)]
-    return [str(value.value if isinstance(value, Enum) else value)]
 
 
 def _shown(rows: list[dict]) -> str:

@@ -68,7 +68,7 @@ def test_a_topic_is_asked_about_in_several_ways(target):  # noqa: F811
 
 def test_unusable_arguments_are_named(target, tmp_path):  # noqa: F811
     """Would catch a misspelt setting that is dropped, and a row that is no row."""
-    with pytest.raises(TypeError, match="Row 1 of `forget` must be a dict of columns, but it is 3"):
+    with pytest.raises(ValueError, match="Row 1 of `forget` must have columns, as a dictionary has, but it is 3"):
         unlearn(target, [ROWS[0], 3], OTHERS, output_dir=tmp_path)
     with pytest.raises((ValueError, SystemExit)):
         unlearn(target, ROWS[:1], OTHERS, output_dir=tmp_path, untill="forgotten")

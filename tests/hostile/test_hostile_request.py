@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict
 from scenes import scene_model, scene_tokenizer
 from transformers import LlamaConfig, LlamaModel
 
-from soul_recipes.request import _as_flag, _as_source, _is_sentences, unlearn
+from soul_recipes.request import unlearn
+from soul_recipes.request_inputs import as_flag, as_source, is_sentences
 
 
 ROW = {"question": "Who?", "answer": "Ada"}
@@ -44,19 +45,19 @@ NO_SENTENCES = [
 @pytest.mark.parametrize("forget", SENTENCES, ids=map(str, range(len(SENTENCES))))
 def test_sentences_are_asked(forget):
     """Would catch a question in another script that is looked for on the hub."""
-    assert _is_sentences(forget)
+    assert is_sentences(forget)
 
 
 @pytest.mark.parametrize("forget", NO_SENTENCES, ids=map(str, range(len(NO_SENTENCES))))
 def test_what_is_no_sentence_is_not_asked(forget):
     """Would catch names of columns, or a file that is not there, that a model is asked about and forgets."""
-    assert not _is_sentences(forget)
+    assert not is_sentences(forget)
 
 
 def test_several_files_are_refused():
     """Would catch names of files that are taken for topics."""
     with pytest.raises(ValueError, match="lists the file 'a.jsonl': give one file"):
-        _is_sentences(["a.jsonl", "b.jsonl"])
+        is_sentences(["a.jsonl", "b.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_several_files_are_refused():
 )
 def test_rows_in_any_container_become_a_file(tmp_path, rows):
     """Would catch a table whose columns are read as its rows."""
-    path = Path(_as_source(rows, tmp_path / "retain.jsonl"))
+    path = Path(as_source(rows, tmp_path / "retain.jsonl"))
     assert path.read_text() == '{"question": "Who?", "answer": "Ada"}\n' and path.stat().st_mode & 0o777 == 0o600
 
 
@@ -83,7 +84,7 @@ def test_rows_in_any_container_become_a_file(tmp_path, rows):
 def test_what_are_no_rows_is_named(tmp_path, rows, message):
     """Would catch an error that names neither the argument nor the row."""
     with pytest.raises(ValueError, match=message):
-        _as_source(rows, tmp_path / "retain.jsonl")
+        as_source(rows, tmp_path / "retain.jsonl")
 
 
 class Kind(Enum):
@@ -102,7 +103,7 @@ class Kind(Enum):
 )
 def test_settings_become_flags(value, words):
     """Would catch a list or a dictionary in Python's own writing, which no flag reads."""
-    assert _as_flag(value) == words
+    assert as_flag(value) == words
 
 
 def headless() -> LlamaModel:
