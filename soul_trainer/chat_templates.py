@@ -5,6 +5,7 @@ Conversations as text: what a chat template writes before an answer, where the a
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -159,7 +160,7 @@ def _place_of(
 
 def _end_of_turn_in(after: str, tokenizer: PreTrainedTokenizerBase, is_last: bool) -> int:
     """Where a turn ends in the text after its content: with the first special token, and those right behind it."""
-    special = re.compile("|".join(re.escape(text) for text in special_tokens(tokenizer).values() if text) or "$^")
+    special = _special_pattern(tokenizer, len(tokenizer), tuple(tokenizer.all_special_ids))
     found = special.search(after)
     if found is None:
         return len(after) if is_last else 0
@@ -168,6 +169,15 @@ def _end_of_turn_in(after: str, tokenizer: PreTrainedTokenizerBase, is_last: boo
     while is_last and (found := special.match(after, end)):
         end = found.end()
     return end
+
+
+@lru_cache(maxsize=4)
+def _special_pattern(tokenizer: PreTrainedTokenizerBase, num_tokens: int, ids: tuple[int, ...]) -> re.Pattern:
+    """
+    What any special token matches. Made once, not once a row: some tokenizers reserve a thousand. The number of tokens
+    and the ids are there to tell a tokenizer that has changed.
+    """
+    return re.compile("|".join(re.escape(text) for text in special_tokens(tokenizer).values() if text) or "$^")
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], options: dict[str, Any] | None) -> str:

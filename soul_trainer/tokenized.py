@@ -61,7 +61,7 @@ def check_columns(dataset: Dataset, read: Collection[str], name: str) -> None:
                     f"`dataset.remove_columns({column!r})`, if the text alone is what you mean."
                 )
     if meant := sorted(_MEANT.intersection(unread)):
-        logger.warning(f"`{name}` has {meant}, which are not read: write into the prompt what the model needs.")
+        logger.warning(f"`{name}` has {meant}, which are not read. What the model needs must be in the prompt.")
     if others := sorted(set(unread) - _MEANT):
         logger.info(f"`{name}` has {others}, which are not read.")
 
